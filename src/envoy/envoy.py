@@ -1,0 +1,267 @@
+"""Owns `Envoy`: a name for a place in the module tree, and what may be asked of it in a block.
+
+An envoy holds a path and the root it belongs to: no module, no value, no block. So loading and
+quantizing a model re-bind nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+
+from ..tracing.context import Tracer, current_tracer, read
+from ..tracing.errors import BlockError, OperationError, UnknownModuleError
+from ..tracing.node import MODULE, PARAMETER
+from ..tracing.proxy import BlockOutput, Proxy, assign, first_argument, record_node
+from ..tracing.structure import leaves
+
+
+class Alias(Protocol):
+    """A place that is not a module of its own, made of the value at one that is.
+
+    Attributes:
+        source: path of that module, relative to the module that the alias belongs to.
+    """
+
+    source: str
+
+    def view(self, value: Proxy, module: torch.nn.Module) -> Proxy:
+        """The alias as a view of the source's output, so that writes reach the computation."""
+
+
+class Root(Protocol):
+    """What an envoy needs of the model it belongs to."""
+
+    _envoys: dict[str, Envoy]
+
+    def submodule(self, path: str) -> torch.nn.Module:
+        """The module at a path: the real one if it is loaded, else its skeleton."""
+
+    def load(self) -> Any:
+        """Load the weights if they are not loaded."""
+
+    def is_block(self, module: torch.nn.Module) -> bool:
+        """True for a transformer block, whose `output[0]` is its hidden states."""
+
+    def alias(self, module: torch.nn.Module, name: str) -> Alias | None:
+        """What the architecture declares under that name on such a module."""
+
+
+class Envoy:
+    """A module of the model, by path. `model.transformer.h[0].attn` is one.
+
+    Inside a block, `.output`, `.input` and `.inputs` give proxies and may be assigned; calling it
+    applies the module to proxies. Any other attribute is the module's own.
+    """
+
+    __slots__ = ("_call", "_kind", "_path", "_root")
+
+    def __init__(self, root: Any, path: str, kind: type[Proxy] = Proxy, call: int = 0) -> None:
+        self._root: Root = root
+        self._path = path
+        self._kind = kind
+        self._call = call
+
+    # ---------------------------------------------------------------- ports
+
+    def _tracer(self, what: str) -> Tracer:
+        tracer = current_tracer()
+        if tracer is None:
+            raise BlockError.outside(f"{self._path}.{what}" if self._path else what)
+        if tracer.model is not self._root:
+            raise BlockError.other_model(self._path)
+        return tracer
+
+    @property
+    def output(self) -> Any:
+        """What the module returns, for the open invoke's own rows and tokens."""
+        return read(self._tracer("output"), self._path, "output", self._call, self._kind)
+
+    @output.setter
+    def output(self, value: Any) -> None:
+        assign(self._tracer("output").recording, self.output, value)
+
+    @property
+    def inputs(self) -> Any:
+        """What the module is called with: `(args, kwargs)`."""
+        return read(self._tracer("inputs"), self._path, "inputs", self._call)
+
+    @inputs.setter
+    def inputs(self, value: Any) -> None:
+        assign(self._tracer("inputs").recording, self.inputs, value)
+
+    @property
+    def input(self) -> Any:
+        """The first positional argument, or else the first keyword argument."""
+        return first_argument(self.inputs)
+
+    @input.setter
+    def input(self, value: Any) -> None:
+        assign(self._tracer("input").recording, self.input, value)
+
+    @property
+    def calls(self) -> Calls:
+        """The calls of a module that runs several times in one forward: `.calls[1].output`."""
+        return Calls(self)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Apply the module: to proxies inside a block, at that point; to tensors otherwise."""
+        for leaf in leaves((args, kwargs)):
+            if isinstance(leaf, Proxy) and leaf._recording.state == "open":
+                return record_node(leaf._recording, MODULE, self._path, args, kwargs)
+        tracer = current_tracer()
+        if tracer is not None and tracer.model is self._root:
+            return record_node(tracer.recording, MODULE, self._path, args, kwargs)
+        self._root.load()
+        return self._root.submodule(self._path)(*args, **kwargs)
+
+    # ---------------------------------------------------------------- the tree
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        path = f"{self._path}.{name}" if self._path else name
+        envoy = self._root._envoys.get(path)
+        return envoy if envoy is not None else self._find(name, path)
+
+    def _find(self, name: str, path: str) -> Any:
+        """A child, an alias, or an attribute of the module itself."""
+        root = self._root
+        module = root.submodule(self._path)
+        child = module._modules.get(name)
+        if child is not None:
+            return self._child(path, child)
+        alias = root.alias(module, name)
+        if alias is not None:
+            return AliasEnvoy(self, alias)
+        if name in module._parameters or name in module._buffers:
+            tracer = current_tracer()
+            if tracer is not None and tracer.model is root:
+                return record_node(tracer.recording, PARAMETER, path, (), {})
+        try:
+            return getattr(module, name)
+        except AttributeError:
+            known = [*module._modules, *module._parameters, "output", "input", "inputs"]
+            kind = type(module).__name__
+            raise UnknownModuleError.child(self._path, kind, name, known) from None
+
+    def _child(self, path: str, module: torch.nn.Module) -> Envoy:
+        kind = BlockOutput if self._root.is_block(module) else Proxy
+        envoy = self._root._envoys[path] = Envoy(self._root, path, kind)
+        return envoy
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        try:
+            object.__setattr__(self, name, value)
+        except AttributeError:
+            raise OperationError(
+                f"`{name}` of `{self._path or 'the model'}` cannot be assigned: write "
+                "`.output`, `.input` or `.inputs` of it inside a block."
+            ) from None
+
+    def get(self, path: str) -> Envoy:
+        """The module at a dotted path below this one, also one that is called `output`.
+
+        Raises:
+            UnknownModuleError: there is none.
+        """
+        envoy = self
+        for name in path.split("."):
+            below = f"{envoy._path}.{name}" if envoy._path else name
+            module = self._root.submodule(envoy._path)
+            child = module._modules.get(name)
+            if child is None:
+                raise UnknownModuleError.child(
+                    envoy._path, type(module).__name__, name, module._modules
+                )
+            envoy = self._root._envoys.get(below) or envoy._child(below, child)
+        return envoy
+
+    def __getitem__(self, index: Any) -> Any:
+        module = self._root.submodule(self._path)
+        if isinstance(index, str):
+            return self.get(index)
+        names = list(module._modules)
+        if isinstance(index, slice):
+            return [self.get(name) for name in names[index]]
+        try:
+            name = names[index]
+        except IndexError:
+            kind = type(module).__name__
+            raise UnknownModuleError.index(self._path, kind, index, len(names)) from None
+        except TypeError:
+            raise OperationError(
+                f"`{self._path}` is a module and is indexed by number or name; for its value write "
+                f"`{self._path}.output[...]`."
+            ) from None
+        path = f"{self._path}.{name}" if self._path else name
+        return self._root._envoys.get(path) or self.get(name)
+
+    def __len__(self) -> int:
+        return len(self._root.submodule(self._path)._modules)
+
+    def __iter__(self) -> Iterator[Envoy]:
+        return (self.get(name) for name in list(self._root.submodule(self._path)._modules))
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __dir__(self) -> list[str]:
+        module = self._root.submodule(self._path)
+        return sorted({*object.__dir__(self), *module._modules, *module._parameters})
+
+    @property
+    def path(self) -> str:
+        """Dotted path in the module tree; "" for the root."""
+        return self._path
+
+    def __repr__(self) -> str:
+        return repr(self._root.submodule(self._path))
+
+
+class Calls:
+    """`module.calls[i]`: the module as it is called for the ith time in one forward."""
+
+    __slots__ = ("_envoy",)
+
+    def __init__(self, envoy: Envoy) -> None:
+        self._envoy = envoy
+
+    def __getitem__(self, call: int) -> Envoy:
+        if call < 0:
+            raise OperationError("calls are counted from 0; how many there will be is not known")
+        envoy = self._envoy
+        return Envoy(envoy._root, envoy._path, envoy._kind, call)
+
+
+class AliasEnvoy:
+    """A declared name for a part of a module's output, such as the value vectors of each head."""
+
+    __slots__ = ("_alias", "_owner")
+
+    def __init__(self, owner: Envoy, alias: Alias) -> None:
+        object.__setattr__(self, "_owner", owner)
+        object.__setattr__(self, "_alias", alias)
+
+    @property
+    def output(self) -> Any:
+        """The part, as a view: writing into it changes the computation."""
+        owner, alias = self._owner, self._alias
+        source = owner.get(alias.source)
+        return alias.view(source.output, owner._root.submodule(owner._path))
+
+    @output.setter
+    def output(self, value: Any) -> None:
+        part = self.output
+        if value is not part:
+            part[...] = value
+
+    def __getattr__(self, name: str) -> Any:
+        raise UnknownModuleError.child(
+            f"{self._owner.path}", type(self._alias).__name__, name, ["output"]
+        )
+
+    def __repr__(self) -> str:
+        return f"<{self._alias!r} of {self._owner.path}>"

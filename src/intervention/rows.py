@@ -1,0 +1,236 @@
+"""Owns where one invoke's part lies in a batched value: which rows, which tokens, and putting an
+edited part back.
+
+What the axes of a value mean is never guessed from its shape: the schedule measured it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..tracing.structure import ATOMS, children, rebuild
+
+FIXED, BATCH, TOKEN, BATCH_TOKEN, UNKNOWN = "fixed", "batch", "token", "batch·token", "unknown"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Axis:
+    """What one axis of a tensor counts.
+
+    Attributes:
+        role: FIXED, BATCH, TOKEN, BATCH_TOKEN (both flattened into one) or UNKNOWN.
+        factor: how many entries for each unit; for FIXED, the size.
+    """
+
+    role: str
+    factor: int
+
+    def size(self, batch: int, tokens: int) -> int:
+        """Entries on this axis for a batch of `batch` rows of `tokens` tokens."""
+        if self.role == BATCH:
+            return self.factor * batch
+        if self.role == TOKEN:
+            return self.factor * tokens
+        if self.role == BATCH_TOKEN:
+            return self.factor * batch * tokens
+        return self.factor
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TensorAxes:
+    """The axes and dtype of a tensor in the schedule."""
+
+    axes: tuple[Axis, ...]
+    dtype: torch.dtype
+
+    @property
+    def has_batch(self) -> bool:
+        return any(axis.role in (BATCH, BATCH_TOKEN) for axis in self.axes)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Opaque:
+    """Stands, in one prompt's part of a batch, for a value whose axes are not known."""
+
+    reason: str
+
+
+@dataclasses.dataclass(slots=True)
+class Place:
+    """The rows and tokens of one invoke in the batch of a pass.
+
+    Attributes:
+        start, count: its prompts among those of the pass.
+        tokens: its own tokens so far, the longest prompt's if it has several. They end where the
+            batch ends: padding is on the left.
+    """
+
+    start: int
+    count: int
+    tokens: int
+
+
+def region(tensor: torch.Tensor, axes: TensorAxes, place: Place, rows: int, each: int) -> torch.Tensor:
+    """A view of the part of `tensor` that belongs to `place`; flattened axes are unflattened in it.
+
+    Args:
+        tensor: a value of the whole batch.
+        axes: what its axes mean.
+        rows: rows of the batch, beams included.
+        each: rows for each prompt; more than 1 with beams or several sequences.
+    """
+    dimension = 0
+    for axis in axes.axes:
+        if axis.role == BATCH:
+            k = axis.factor * each
+            tensor = tensor.narrow(dimension, place.start * k, place.count * k)
+        elif axis.role == TOKEN and axis.factor == 1:
+            own = min(place.tokens, tensor.shape[dimension])
+            tensor = tensor.narrow(dimension, tensor.shape[dimension] - own, own)
+        elif axis.role == BATCH_TOKEN:
+            width = tensor.shape[dimension] // rows
+            own = min(place.tokens * axis.factor, width)
+            tensor = tensor.unflatten(dimension, (rows, width))
+            tensor = tensor.narrow(dimension, place.start * each, place.count * each)
+            dimension += 1
+            tensor = tensor.narrow(dimension, width - own, own)
+        dimension += 1
+    return tensor
+
+
+def narrow(value: Any, axes: Any, place: Place, rows: int, each: int) -> Any:
+    """One invoke's part of a batched value: a view where that is possible.
+
+    Args:
+        value: a tensor or a structure of them.
+        axes: the same structure of TensorAxes, from the schedule.
+    """
+    if isinstance(value, torch.Tensor):
+        if not isinstance(axes, TensorAxes) or len(axes.axes) != value.ndim:
+            return Opaque("it was not seen when the model's structure was measured")
+        if any(axis.role == UNKNOWN for axis in axes.axes):
+            return Opaque("its axes are neither batch nor token nor fixed")
+        part = region(value, axes, place, rows, each)
+        if part.ndim != value.ndim:
+            for dimension, axis in enumerate(axes.axes):
+                if axis.role == BATCH_TOKEN:
+                    part = part.flatten(dimension, dimension + 1)
+        # A row range of a padded batch has gaps; alone it would not, and `view` would work.
+        if value.is_contiguous() and not part.is_contiguous():
+            return part.contiguous()
+        return part
+    if type(value) in ATOMS:
+        return value
+    parts = children(value)
+    if parts is None:
+        return value
+    known = matching(value, axes)
+    return rebuild(
+        value,
+        [narrow(part, sub, place, rows, each) for part, sub in zip(parts, known, strict=True)],
+    )
+
+
+def matching(value: Any, axes: Any) -> list[Any]:
+    """The axes of each child of `value`; None where the schedule has no such child."""
+    if isinstance(value, dict):
+        known = axes if isinstance(axes, dict) else {}
+        return [known.get(key) for key in value]
+    count = len(children(value) or ())
+    known = children(axes) if axes is not None and not isinstance(axes, TensorAxes) else None
+    known = known or []
+    return [known[i] if i < len(known) else None for i in range(count)]
+
+
+class Misfit(Exception):
+    """A part does not fit the whole. The caller knows the user's line and says it."""
+
+    def __init__(self, expected: str, found: str, shared: bool = False) -> None:
+        super().__init__(expected, found)
+        self.expected = expected
+        self.found = found
+        self.shared = shared
+
+
+def put(
+    value: Any, before: Any, after: Any, axes: Any, place: Place, rows: int, each: int
+) -> Any:
+    """`value` with one invoke's part replaced; the original stays as it is.
+
+    Args:
+        value: a value of the whole batch.
+        before, after: the part as it was and as it is to be.
+
+    Raises:
+        Misfit: the part has another structure or shape than it had.
+    """
+    if after is before:
+        return value
+    if isinstance(value, torch.Tensor):
+        check(before, after)
+        if not isinstance(axes, TensorAxes) or not axes.has_batch:
+            raise Misfit("", "", shared=True)
+        changed = value.clone()
+        target = region(changed, axes, place, rows, each)
+        target.copy_(after.reshape(target.shape))
+        return changed
+    parts = children(value)
+    if type(value) in ATOMS or parts is None:
+        if type(after) in ATOMS and after == before:
+            return value
+        raise Misfit("", "", shared=True)
+    old, new = _children_like(value, before), _children_like(value, after)
+    known = matching(value, axes)
+    return rebuild(
+        value,
+        [
+            put(part, old[i], new[i], known[i], place, rows, each)
+            for i, part in enumerate(parts)
+        ],
+    )
+
+
+def _children_like(value: Any, other: Any) -> list[Any]:
+    mine, theirs = children(value), children(other)
+    if mine is None or theirs is None or len(mine) != len(theirs):
+        raise Misfit(type(value).__name__, type(other).__name__)
+    return theirs
+
+
+def fit(before: Any, after: Any) -> Any:
+    """`after`, checked to have the structure of `before`, in its dtypes and on its devices.
+
+    Raises:
+        Misfit: it has another structure or shape.
+    """
+    if after is before:
+        return after
+    if isinstance(before, torch.Tensor):
+        check(before, after)
+        return after.to(device=before.device, dtype=before.dtype)
+    mine = children(before)
+    if type(before) in ATOMS or mine is None:
+        return after
+    theirs = _children_like(before, after)
+    return rebuild(before, [fit(b, a) for b, a in zip(mine, theirs, strict=True)])
+
+
+def check(before: Any, after: Any) -> None:
+    if not isinstance(after, torch.Tensor):
+        raise Misfit(f"a tensor {list(before.shape)}", type(after).__name__)
+    if after.shape != before.shape:
+        raise Misfit(f"{list(before.shape)}", f"{list(after.shape)}")
+
+
+def map_axes(function: Callable[[TensorAxes], Any], axes: Any) -> Any:
+    """A structure of axes with `function` applied to each tensor."""
+    if isinstance(axes, TensorAxes):
+        return function(axes)
+    parts = None if type(axes) in ATOMS else children(axes)
+    if parts is None:
+        return axes
+    return rebuild(axes, [map_axes(function, part) for part in parts])

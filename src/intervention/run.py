@@ -1,0 +1,386 @@
+"""Owns `Run`: the values of one execution. Whatever comes from the model enters by `Run.arrive`.
+
+An arrival binds the reads of all invokes, runs what has become ready in recorded order, frees what
+has been used for the last time, and returns the value with every invoke's last write in its rows, or
+None if nothing was changed. It may re-enter itself, so a node leaves the ready list before it runs.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from heapq import heappop, heappush
+from typing import Any
+
+import torch
+
+from ..tracing.errors import BlockError, OrderError, ShapeError, StepError
+from ..tracing.graph import Box, Graph, arguments
+from ..tracing.interpreter import Interpreter
+from ..tracing.node import CALL, READ, WRITE, HookPoint, Node
+from ..tracing.operations import APPLY, PUT, VIEW
+from ..tracing.structure import snapshot
+from .plan import Arrival, Pass, Plan
+from .rows import BATCH, TOKEN, Axis, Misfit, Place, TensorAxes, fit, narrow, put
+from .schedule import Schedule
+
+#: Token ids, as an entry point returns them: [row, token].
+_RESULT = TensorAxes((Axis(BATCH, 1), Axis(TOKEN, 1)), torch.long)
+
+
+class Stop(BaseException):
+    """Leaves a forward after the last needed arrival. Not an Exception: models may catch those."""
+
+
+class Site:
+    """A hooked port of a module: what is wanted of it by step and call, and where it stands."""
+
+    __slots__ = ("call", "path", "port", "step", "wanted")
+
+    def __init__(self, path: str, port: str) -> None:
+        self.path = path
+        self.port = port
+        self.wanted: dict[tuple[int, int], Arrival] = {}
+        self.step = -1
+        self.call = 0
+
+    def wanted_after_first(self) -> bool:
+        """True if a later step than the first forward is wanted."""
+        return any(step > 0 for step, _ in self.wanted)
+
+
+class Run:
+    """One execution of a plan.
+
+    Attributes:
+        values: by node index; None before a value is there and after its last use.
+        step: which forward of the root is running, from 0.
+        sites: the ports to hook in the current pass.
+        suspended: a module is applied by hand now, so its arrivals are not the forward's.
+        places: where each invoke lies in the batch; None if every invoke sees the whole value.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        plan: Plan,
+        call_module: Callable[..., Any],
+        parameter: Callable[[str], Any],
+        schedule: Callable[[], Schedule],
+    ) -> None:
+        count = len(graph.nodes)
+        self.graph = graph
+        self.plan = plan
+        self.values: list[Any] = [None] * count
+        self.sites: list[Site] = []
+        self.step = 0
+        self.suspended = False
+        self.places: dict[int, Place] | None = None
+        self._schedule = schedule
+        self._call_module = call_module
+        self._interpreter = Interpreter(self.values, self._apply_module, parameter)
+        self._thread = threading.get_ident()
+        self._done = bytearray(count)
+        self._ready: list[int] = []
+        self._remaining = [len(users) if users else 0 for users in plan.users]
+        self._boxes: dict[int, list[Box]] = {}
+        for node, box in graph.saves:
+            self._boxes.setdefault(node.index, []).append(box)
+        self._waiting = [0] * count
+        for node in graph.nodes:
+            if node.kind != READ and plan.live[node.index]:
+                needed = sum(1 for _ in arguments(node))
+                self._waiting[node.index] = needed
+                if not needed:
+                    self._ready.append(node.index)
+        self._unwritten = {node.index for node in graph.writes.values()}
+        self._extents: dict[int, tuple[int, int]] = {}
+        self._finished: set[int] = set()
+        self._results: list[Arrival] = []
+        self._outstanding = 0
+        self._may_stop = False
+        self._rows = self._each = 1
+        self._drain()
+
+    # ---------------------------------------------------------------- a pass
+
+    def begin(self, one: Pass, extents: dict[int, tuple[int, int]], may_stop: bool) -> None:
+        """Get ready for one pass.
+
+        Args:
+            one: the pass.
+            extents: rows and width in tokens of each invoke in it, in the order of the batch.
+            may_stop: leave the forward after the last needed arrival.
+        """
+        sites: dict[tuple[str, str], Site] = {}
+        self._results = []
+        wanted = 0
+        for hook_point, arrival in one.arrivals.items():
+            if hook_point.port == "result":
+                self._results.append(arrival)
+                continue
+            wanted += 1
+            key = (hook_point.path, hook_point.port)
+            site = sites.get(key)
+            if site is None:
+                site = sites[key] = Site(*key)
+            site.wanted[hook_point.step, hook_point.call] = arrival
+        self.sites = list(sites.values())
+        self.step = 0
+        self._finished.clear()
+        self._extents = extents
+        self._outstanding = wanted
+        self._may_stop = may_stop
+        self._each = 1
+        self._place()
+
+    def _place(self, grown: int = 0) -> None:
+        if len(self._extents) <= 1:
+            self.places = None
+            return
+        start, places = 0, {}
+        for invoke, (count, width) in self._extents.items():
+            places[invoke] = Place(start, count, width + grown)
+            start += count
+        self.places = places
+        self._rows = start * self._each
+
+    def forward_begins(self, step: int, rows: int, grown: int, finished: Iterable[int]) -> None:
+        """A forward of the root starts.
+
+        Args:
+            step: its number, from 0.
+            rows: rows of its batch; several for each prompt with beams.
+            grown: tokens that the sequences have gained since the prompts.
+            finished: prompts, by position in the batch, whose generation has ended.
+        """
+        self.step = step
+        prompts = sum(count for count, _ in self._extents.values())
+        self._each = max(1, rows // prompts)
+        self._place(grown)
+        over, start = set(finished), 0
+        for invoke, (count, _) in self._extents.items():
+            if over.issuperset(range(start, start + count)):
+                self._finished.add(invoke)
+            start += count
+
+    def listens(self) -> bool:
+        """False for arrivals that are another thread's or belong to a module applied by hand."""
+        return not self.suspended and threading.get_ident() == self._thread
+
+    # ---------------------------------------------------------------- the one door
+
+    def arrive(self, site: Site, value: Any) -> Any:
+        """Take in a value of the model; return its replacement, or None to leave it.
+
+        Raises:
+            OrderError: a write needs a value that has not arrived.
+            ShapeError: a written value does not fit.
+        """
+        step = self.step
+        if site.step == step:
+            site.call += 1
+        else:
+            site.step, site.call = step, 0
+        arrival = site.wanted.get((step, site.call))
+        if arrival is None:
+            return None
+        if self.places is None and not self._finished:
+            result = self._take(arrival, arrival.reads, arrival.writes, value, None)
+        else:
+            result = self._take_parts(arrival, value)
+        self._outstanding -= 1
+        if self._outstanding == 0 and self._may_stop:
+            raise Stop
+        return result
+
+    def result(self, value: Any) -> None:
+        """Take in what the entry point returned for this pass, for the invokes in it."""
+        self.suspended = True  # what a module computes from here on is not the forward's
+        for arrival in self._results:
+            own = [n for n in arrival.reads if n.invoke in self._extents]
+            self._take_parts(Arrival(arrival.hook_point, own, []), value)
+        self.suspended = False
+
+    def conclude(self, value: Any) -> None:
+        """Take in the whole block's result, for invokes that see the whole batch."""
+        for one in self.plan.passes:
+            for hook_point, arrival in one.arrivals.items():
+                if hook_point.port == "result":
+                    whole = [n for n in arrival.reads if not self._done[n.index]]
+                    self._take(arrival, whole, [], value, None, whole=True)
+
+    def _take_parts(self, arrival: Arrival, value: Any) -> Any:
+        """Prompts first, each in its own rows; then invokes that see the whole batch."""
+        alone = [n for n in arrival.reads if n.invoke in self._extents]
+        whole = [n for n in arrival.reads if n.invoke not in self._extents]
+        running = [n for n in alone if n.invoke not in self._finished]
+        writes = [n for n in arrival.writes if n.invoke in self._extents]
+        writes = [n for n in writes if n.invoke not in self._finished]
+        axes = None
+        if self.places is not None and (running or writes):
+            result = arrival.hook_point.port == "result"
+            axes = _RESULT if result else self._schedule().axes(arrival.hook_point)
+        changed = self._take(arrival, running, writes, value, axes)
+        rest = [n for n in arrival.writes if n.invoke not in self._extents]
+        if whole or rest:
+            seen = value if changed is None else changed
+            again = self._take(arrival, whole, rest, seen, None, whole=True)
+            return changed if again is None else again
+        return changed
+
+    def _take(
+        self,
+        arrival: Arrival,
+        reads: list[Node],
+        writes: list[Node],
+        value: Any,
+        axes: Any,
+        whole: bool = False,
+    ) -> Any:
+        places = None if whole else self.places
+        parts: dict[int, Any] = {}
+        for node in reads:
+            part = value
+            if places is not None:
+                part = narrow(value, axes, places[node.invoke], self._rows, self._each)
+                parts[node.invoke] = part
+            self._bind(node, part)
+        if self._ready:
+            self._drain()
+        if not writes:
+            return None
+        result = value
+        for node in writes:
+            if not self._done[node.index]:
+                raise self._too_late(node)
+            after = self.values[node.index]
+            self.values[node.index] = None
+            self._unwritten.discard(node.index)
+            try:
+                if places is None:
+                    result = fit(result, after)
+                else:
+                    place = places[node.invoke]
+                    if node.invoke in parts:
+                        before = parts[node.invoke]
+                    else:
+                        before = narrow(value, axes, place, self._rows, self._each)
+                    result = put(result, before, after, axes, place, self._rows, self._each)
+            except Misfit as misfit:
+                raise self._misfit(node, misfit) from None
+        return result
+
+    def _bind(self, node: Node, value: Any) -> None:
+        index = node.index
+        self._done[index] = 1
+        boxes = self._boxes.get(index)
+        if boxes is not None:
+            keep = _owns(node, self.plan.users[index])
+            for box in boxes:
+                box.value = value if keep and len(boxes) == 1 else snapshot(value)
+                box.full = True
+        users = self.plan.users[index]
+        if users:
+            self.values[index] = value
+            waiting = self._waiting
+            for user in users:
+                waiting[user.index] -= 1
+                if not waiting[user.index]:
+                    heappush(self._ready, user.index)
+        elif node.kind == WRITE:
+            self.values[index] = value
+
+    def _drain(self) -> None:
+        nodes, values, remaining = self.graph.nodes, self.values, self._remaining
+        while self._ready:
+            node = nodes[heappop(self._ready)]
+            value = self._interpreter.evaluate(node)
+            for argument in arguments(node):
+                remaining[argument.index] -= 1
+                if not remaining[argument.index]:
+                    values[argument.index] = None
+            self._bind(node, value)
+
+    def _apply_module(self, path: str, *args: Any, **kwargs: Any) -> Any:
+        self.suspended = True
+        try:
+            return self._call_module(path, *args, **kwargs)
+        finally:
+            self.suspended = False
+
+    # ---------------------------------------------------------------- what went wrong
+
+    def _missing(self, node: Node) -> Node | None:
+        """A read that `node` depends on and that has not arrived."""
+        if self._done[node.index]:
+            return None
+        if node.kind == READ:
+            return node
+        found = (self._missing(argument) for argument in arguments(node))
+        return next((read for read in found if read is not None), None)
+
+    def _too_late(self, write: Node) -> Exception:
+        read = self._missing(write)
+        if read is None:
+            return BlockError(f"the value written at {write.location} could not be computed")
+        if read.target.step < self.step:
+            return StepError.never_ran(read.describe(), read.location, self._reason(read))
+        return OrderError.later(write.describe(), write.location, read.describe(), read.location)
+
+    def _misfit(self, write: Node, misfit: Misfit) -> ShapeError:
+        place, location = write.describe(), write.location
+        value = next(iter(arguments(write)), None)
+        if value is not None and value.kind == CALL and value.target is PUT:
+            location = value.location
+        if misfit.shared:
+            return ShapeError.shared(place, location)
+        return ShapeError.write(place, location, misfit.expected, misfit.found)
+
+    def _reason(self, read: Node) -> str:
+        hook_point: HookPoint = read.target
+        if hook_point.step > 0:
+            # `step` is the last forward that ran.
+            return (
+                f"it belongs to step {hook_point.step} and this prompt's generation ended before "
+                f"that step"
+            )
+        if hook_point.call:
+            return f"`{hook_point.path}` was not called {hook_point.call + 1} times in this forward"
+        if hook_point.port == "result":
+            return "the run gave no result"
+        return f"`{hook_point.path}` was not called in this forward"
+
+    def finish(self) -> None:
+        """Say for each saved value that was never reached why, and refuse writes without effect.
+
+        Raises:
+            StepError: something was written to a module that the forward never called.
+        """
+        for index, boxes in self._boxes.items():
+            for box in boxes:
+                if not box.full:
+                    read = self._missing(self.graph.nodes[index]) or self.graph.nodes[index]
+                    reason = self._reason(read) if read.kind == READ else "it was not computed"
+                    box.error = StepError.never_ran(read.describe(), read.location, reason)
+        for index in sorted(self._unwritten):
+            node = self.graph.nodes[index]
+            if node.target.step == 0 and node.target.port != "result":
+                read = self._missing(node) or node
+                raise StepError.never_ran(read.describe(), read.location, self._reason(read))
+
+
+def _owns(node: Node, users: list[Node] | None) -> bool:
+    """True if the value of `node` is new memory that nothing else will hold or change."""
+    if node.kind != CALL or not node.target.fresh:
+        return False
+    return all(
+        user.kind == CALL and user.target.fresh and user.target not in (APPLY, PUT)
+        and user.target.effect != VIEW
+        for user in users or ()
+    )
+
+
+def no_grad(graph: Graph) -> Any:
+    """Gradients are recorded only if the block uses a tensor that asks for them."""
+    return torch.set_grad_enabled(torch.is_grad_enabled() and graph.needs_grad)

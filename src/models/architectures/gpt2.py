@@ -1,0 +1,37 @@
+"""GPT-2: query, key and value vectors of each head.
+
+`c_attn` computes query, key and value side by side on the last axis.
+Source: transformers, models/gpt2/modeling_gpt2.py, GPT2Attention.forward.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from ...envoy import Alias
+from ...tracing import Proxy
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadVectors:
+    """One third of `c_attn`, by head: [batch, head, token, d_head].
+
+    Attributes:
+        third: 0 query, 1 key, 2 value.
+    """
+
+    third: int
+    source: str = "c_attn"
+
+    def view(self, value: Proxy, module: torch.nn.Module) -> Proxy:
+        width: int = module.split_size  # type: ignore[assignment]
+        heads: int = module.num_heads  # type: ignore[assignment]
+        part = value[..., self.third * width : (self.third + 1) * width]
+        return part.unflatten(-1, (heads, width // heads)).transpose(1, 2)  # type: ignore[no-any-return]
+
+
+ALIASES: dict[str, dict[str, Alias]] = {
+    "GPT2Attention": {"query": HeadVectors(0), "key": HeadVectors(1), "value": HeadVectors(2)}
+}

@@ -1,0 +1,328 @@
+"""Owns `Model`: the root of a module tree, its blocks, and how a recorded block is run on it."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import logging
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from ..envoy import Alias, Envoy
+from ..intervention import (
+    Patcher,
+    Plan,
+    Run,
+    Schedule,
+    Shapes,
+    Stop,
+    arrivals,
+    measure,
+    no_grad,
+    plan,
+)
+from ..intervention.plan import Pass
+from ..tracing.context import Tracer
+from ..tracing.errors import BlockError, InputError, LoadError, ScheduleError, UnknownModuleError
+from ..tracing.node import READ, WRITE
+from ..tracing.structure import leaves, map_leaves
+from .loading import meta_copy
+
+logger = logging.getLogger("graftwork")
+
+
+@dataclasses.dataclass(slots=True)
+class TensorPrompt:
+    """The arguments of one invoke of a plain module. Tensors have their batch on axis 0."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    lengths: list[int]
+    width: int = 0
+
+
+class Model(Envoy):
+    """Any `torch.nn.Module` with tensor inputs, ready for blocks.
+
+    Args:
+        module: used as it is; nothing in it is replaced.
+
+    Example:
+        with model.trace(x):
+            hidden = model.layer1.output.save()
+    """
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        if not isinstance(module, torch.nn.Module):
+            raise LoadError(
+                f"Model takes a torch.nn.Module, not {type(module).__name__}. For a hub id or folder "
+                "use LanguageModel."
+            )
+        super().__init__(self, "")
+        self._module: torch.nn.Module | None = module
+        self._skeleton: torch.nn.Module | None = None
+        self._set_up()
+
+    def _set_up(self) -> None:
+        self._envoys: dict[str, Envoy] = {}
+        self._schedule: Schedule | ScheduleError | None = None
+        # One run at a time: hooks of two runs on one module would see each other's forwards.
+        self._lock = threading.RLock()
+        self._example: TensorPrompt | None = None
+
+    # ---------------------------------------------------------------- the module
+
+    @property
+    def loaded(self) -> bool:
+        """True once the weights are there."""
+        return self._module is not None
+
+    def load(self) -> torch.nn.Module:
+        """Load the weights now instead of at the exit of the first block; gives the module."""
+        assert self._module is not None
+        return self._module
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's first parameter is, or will be."""
+        return self.planned_device()
+
+    def planned_device(self) -> torch.device:
+        first = next(iter(self.tree().parameters()), None)
+        return torch.device("cpu") if first is None else first.device
+
+    def tree(self) -> torch.nn.Module:
+        """The real module if it is loaded, else its skeleton."""
+        return self._module if self._module is not None else self.skeleton()
+
+    def skeleton(self) -> torch.nn.Module:
+        """The module tree on the meta device."""
+        if self._skeleton is None:
+            assert self._module is not None
+            self._skeleton = meta_copy(self._module)
+        return self._skeleton
+
+    def submodule(self, path: str) -> torch.nn.Module:
+        return self.tree().get_submodule(path)
+
+    def is_block(self, module: torch.nn.Module) -> bool:
+        return False
+
+    def alias(self, module: torch.nn.Module, name: str) -> Alias | None:
+        return None
+
+    # ---------------------------------------------------------------- structure, for shapes
+
+    def schedule(self) -> Schedule:
+        """What the forward does, measured once without weights.
+
+        Raises:
+            ScheduleError: the model cannot be run on fake tensors.
+        """
+        with self._lock:
+            if self._schedule is None:
+                try:
+                    self._schedule = measure(self.skeleton(), self._trial_inputs)
+                except ScheduleError as error:
+                    self._schedule = error
+            if isinstance(self._schedule, ScheduleError):
+                raise self._schedule
+            return self._schedule
+
+    def _trial_inputs(self, batch: int, tokens: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        example = self._example
+        if example is None:
+            raise ScheduleError.no_schedule("This block", "it has no prompt yet")
+
+        def resize(leaf: Any) -> Any:
+            if not isinstance(leaf, torch.Tensor) or leaf.ndim == 0:
+                return leaf
+            return torch.empty((batch, *leaf.shape[1:]), dtype=leaf.dtype, device="meta")
+
+        return map_leaves(resize, example.args), map_leaves(resize, example.kwargs)
+
+    def meta_parameter(self, path: str) -> torch.Tensor:
+        return _tensor_at(self.skeleton(), path)
+
+    # ---------------------------------------------------------------- blocks
+
+    def trace(self, *args: Any, **kwargs: Any) -> Tracer:
+        """One forward. With a prompt, the block is about it; without, open invokes inside.
+
+        Args:
+            *args, **kwargs: the arguments of the module's forward.
+
+        Raises:
+            InputError: the prompt cannot be read.
+        """
+        return Tracer(self, self, generates=False, args=args, prompt_kwargs=kwargs, kwargs={})
+
+    def invoke(self, *args: Any, **kwargs: Any) -> Tracer:
+        """The same as `trace` with a prompt."""
+        return self.trace(*args, **kwargs)
+
+    def oracle(self, tracer: Tracer) -> Shapes:
+        return Shapes(tracer, self)
+
+    def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        rows = {
+            leaf.shape[0]
+            for leaf in leaves((args, kwargs))
+            if isinstance(leaf, torch.Tensor) and leaf.ndim
+        }
+        if not rows:
+            raise InputError("the invoke has no tensor with a batch axis.")
+        if len(rows) > 1:
+            raise InputError(f"the tensors of an invoke have batches of {sorted(rows)} rows.")
+        prompt = TensorPrompt(args, kwargs, [0] * rows.pop())
+        if self._example is None:
+            self._example = prompt
+        return prompt
+
+    def execute(self, tracer: Tracer) -> Any:
+        """Plan a finished block, load the weights if they are not loaded, and run it."""
+        graph = tracer.recording.graph
+        prompted = [i.index for i in tracer.invokes if i.prompt is not None]
+        if not prompted:
+            raise BlockError.empty()
+        work = plan(graph, prompted, self.schedule, lambda wave: self._batches(tracer, wave))
+        arrivals(graph, work, prompted)
+        if len(work.passes) > 1:
+            _refuse_whole_batch(tracer, work)
+        module = self.load()
+        with self._lock, no_grad(graph):
+            run = Run(graph, work, self._apply, self._parameter, self.schedule)
+            results = [self._run_pass(tracer, run, module, one) for one in work.passes]
+            result = self._join(tracer, work, results)
+            run.conclude(result)
+            run.finish()
+        return result
+
+    def _run_pass(self, tracer: Tracer, run: Run, module: torch.nn.Module, one: Pass) -> Any:
+        prompts = {index: tracer.invokes[index].prompt for index in one.invokes}
+        may_stop = self._may_stop(tracer, module)
+        run.begin(one, {i: (len(p.lengths), p.width) for i, p in prompts.items()}, may_stop)
+        if may_stop and not run.sites:
+            return None
+        try:
+            with Patcher(module, run), self._around(tracer, run, module, list(prompts.values())):
+                result = self._forward(tracer, module, list(prompts.values()))
+        except Stop:
+            return None
+        run.result(result)
+        return result
+
+    def _around(
+        self, tracer: Tracer, run: Run, module: torch.nn.Module, prompts: list[Any]
+    ) -> AbstractContextManager[Any]:
+        """What else has to be in place while a pass runs."""
+        return nullcontext()
+
+    def _may_stop(self, tracer: Tracer, module: torch.nn.Module) -> bool:
+        if tracer.generates or tracer.uses_output:
+            return False
+        # Offloaded weights go back after a module's forward; leaving one half-way would keep them.
+        places = getattr(module, "hf_device_map", {}).values()
+        return not any(str(place) in ("cpu", "disk") for place in places) or set(places) == {"cpu"}
+
+    def _batches(self, tracer: Tracer, wave: list[int]) -> list[list[int]]:
+        """Split the invokes of a wave into batches that can share a forward."""
+        if len(wave) <= 1:
+            return [wave] if wave else []
+        if not self._can_batch():
+            return [[index] for index in wave]
+        groups: dict[Any, list[int]] = {}
+        for index in wave:
+            groups.setdefault(self._shape_class(tracer.invokes[index].prompt), []).append(index)
+        return list(groups.values())
+
+    def _can_batch(self) -> bool:
+        try:
+            self.schedule()
+        except ScheduleError as error:
+            logger.warning("each prompt runs in a pass of its own: %s", error)
+            return False
+        return True
+
+    def _shape_class(self, prompt: Any) -> Any:
+        """Prompts of one class can be batched."""
+
+        def part(leaf: Any) -> Any:
+            if isinstance(leaf, torch.Tensor):
+                return (tuple(leaf.shape[1:]), leaf.dtype)
+            return leaf
+
+        return repr((map_leaves(part, prompt.args), map_leaves(part, prompt.kwargs)))
+
+    def _forward(self, tracer: Tracer, module: torch.nn.Module, prompts: list[Any]) -> Any:
+        """Run the entry point on a batch."""
+        first = prompts[0]
+        if len(prompts) == 1:
+            return module(*first.args, **first.kwargs)
+        every = [list(leaves((p.args, p.kwargs))) for p in prompts]
+        joined = iter(
+            [
+                torch.cat(parts) if isinstance(parts[0], torch.Tensor) and parts[0].ndim else parts[0]
+                for parts in zip(*every, strict=True)
+            ]
+        )
+        args, kwargs = map_leaves(lambda _: next(joined), (first.args, first.kwargs))
+        return module(*args, **kwargs)
+
+    def _join(self, tracer: Tracer, work: Plan, results: list[Any]) -> Any:
+        """The entry point's result for the whole block."""
+        if len(results) == 1:
+            return results[0]
+        return None
+
+    # ---------------------------------------------------------------- nodes that need the module
+
+    def _apply(self, path: str, *args: Any, **kwargs: Any) -> Any:
+        module = self.submodule(path)
+        if any(getattr(child, "inplace", False) for child in module.modules()):
+            args, kwargs = map_leaves(_clone, args), map_leaves(_clone, kwargs)
+        # `forward`, past our own hooks; where accelerate moves weights, it does so in `forward`.
+        return module.forward(*args, **kwargs)
+
+    def _parameter(self, path: str) -> torch.Tensor:
+        return _tensor_at(self.load(), path)
+
+    def __repr__(self) -> str:
+        return repr(self.tree())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, **kwargs)
+
+
+def _clone(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
+
+
+def _tensor_at(module: torch.nn.Module, path: str) -> torch.Tensor:
+    owner, _, name = path.rpartition(".")
+    found = getattr(module.get_submodule(owner), name, None)
+    if not isinstance(found, torch.Tensor):
+        raise UnknownModuleError.child(owner, type(module).__name__, name, [])
+    return found
+
+
+def _refuse_whole_batch(tracer: Tracer, work: Plan) -> None:
+    for one in work.passes:
+        for arrival in one.arrivals.values():
+            for node in (*arrival.reads, *arrival.writes):
+                if node.kind in (READ, WRITE) and node.target.port != "result":
+                    if tracer.invokes[node.invoke].prompt is None:
+                        raise BlockError(
+                            f"the whole batch was used at {node.location}, but the prompts of this "
+                            f"block cannot run together: it takes {len(work.passes)} passes. Use the "
+                            "value inside each invoke."
+                        )
+
+
+def accepts(function: Callable[..., Any], name: str) -> bool:
+    """True if `function` has a parameter of that name."""
+    return name in inspect.signature(function).parameters

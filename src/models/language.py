@@ -1,0 +1,336 @@
+"""Owns `LanguageModel`: a Hugging Face language model with its tokenizer, loaded when a block runs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ..envoy import Alias
+from ..intervention import Plan, Run
+from ..tracing.context import Tracer
+from ..tracing.errors import InputError, LoadError
+from .architectures import alias_of, pads_without_positions
+from .base import Model, accepts
+from .loading import Checkpoint
+from .prompts import PER_TOKEN, Reader, TextPrompt, batch
+
+logger = logging.getLogger("graftwork")
+
+_REMOTE = ("remote", "server")
+
+
+class LanguageModel(Model):
+    """A language model, by hub id, folder or module.
+
+    From a name, only the configuration and the tokenizer are read now. The weights are loaded when
+    the first block that runs exits, or by `load()`.
+
+    Args:
+        source: hub id, folder, "graftwork/tiny" (in the package), or a transformers module.
+        tokenizer: instead of the checkpoint's own; needed for text with a module.
+        dtype: fp32, fp16, bf16, fp64, int8, int4, nf4 or a torch.dtype; default the checkpoint's.
+        device_map: as in transformers: "auto", "cpu", "cuda:0", or a mapping of modules.
+        **options: go to `from_pretrained`.
+
+    Raises:
+        LoadError: there is no such model, or the options do not fit.
+
+    Example:
+        model = LanguageModel("graftwork/tiny")
+        with model.trace("The Eiffel Tower is in the city of"):
+            hidden = model.transformer.h[-1].output.save()   # [batch, token, d_model]
+    """
+
+    def __init__(
+        self,
+        source: str | torch.nn.Module,
+        tokenizer: Any = None,
+        *,
+        dtype: Any = None,
+        device_map: Any = None,
+        **options: Any,
+    ) -> None:
+        if "torch_dtype" in options:
+            dtype = options.pop("torch_dtype")
+        self._checkpoint: Checkpoint | None = None
+        if isinstance(source, torch.nn.Module):
+            if dtype is not None or device_map is not None or options:
+                given = [*options, *(["dtype"] if dtype else []), *(["device_map"] if device_map else [])]
+                raise LoadError(
+                    f"{', '.join(sorted(given))} only apply to a model that is loaded by name; this "
+                    "module exists already. Use `module.to(...)` before wrapping it."
+                )
+            if not hasattr(source, "config"):
+                raise LoadError(
+                    f"LanguageModel needs a transformers model, which has a `config`; "
+                    f"{type(source).__name__} has none. Use `Model(module)`."
+                )
+            super().__init__(source)
+            self.config = source.config
+            name = type(source).__name__
+        elif isinstance(source, str) or hasattr(source, "__fspath__"):
+            name = str(source)
+            self._checkpoint = Checkpoint(name, dtype, device_map, options)
+            self.config = self._checkpoint.config
+            self._start(self._checkpoint.skeleton())
+            if tokenizer is None:
+                tokenizer = self._checkpoint.tokenizer()
+        else:
+            raise LoadError(
+                f"LanguageModel takes a hub id, a folder or a module, not {type(source).__name__}."
+            )
+        self.tokenizer = tokenizer
+        self._reader = Reader(tokenizer, self._context(), self._vocabulary(), name)
+        forward = self.tree().forward
+        self._takes_positions = accepts(forward, "position_ids")
+        self._takes_mask = accepts(forward, "attention_mask")
+        self._keeps_logits = accepts(forward, "logits_to_keep")
+
+    def _start(self, skeleton: torch.nn.Module) -> None:
+        super().__init__(skeleton)
+        self._skeleton, self._module = skeleton, None
+
+    # ---------------------------------------------------------------- the module
+
+    def load(self) -> torch.nn.Module:
+        with self._lock:
+            if self._module is None:
+                assert self._checkpoint is not None
+                self._module = self._checkpoint.load()
+            return self._module
+
+    def planned_device(self) -> torch.device:
+        if self._module is not None:
+            return super().planned_device()
+        device_map = self._checkpoint.device_map if self._checkpoint else None
+        if device_map == "auto" and torch.cuda.is_available():
+            return torch.device("cuda", 0)
+        if isinstance(device_map, torch.device):
+            return device_map
+        if isinstance(device_map, str) and device_map.split(":")[0] in ("cpu", "cuda", "mps", "xpu"):
+            return torch.device(device_map)
+        return torch.device("cpu")
+
+    def is_block(self, module: torch.nn.Module) -> bool:
+        # Every decoder layer of transformers, and nothing else, derives from this class.
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        return isinstance(module, GradientCheckpointingLayer)
+
+    def alias(self, module: torch.nn.Module, name: str) -> Alias | None:
+        return alias_of(module, name)
+
+    def _context(self) -> int | None:
+        """Longest prompt of a model whose positions are rows of a learned table."""
+        config = self.config.get_text_config()
+        limit = getattr(config, "max_position_embeddings", None)
+        if not isinstance(limit, int):
+            return None
+        tables = [
+            child.num_embeddings
+            for child in self.tree().modules()
+            if isinstance(child, torch.nn.Embedding)
+        ]
+        # OPT and RoBERTa keep rows for two positions that no token has.
+        learned = any(size in (limit, limit + 2) and size != config.vocab_size for size in tables)
+        if not learned:
+            return None
+        offset = 2 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
+        return limit - offset
+
+    def _vocabulary(self) -> int | None:
+        embedding = self.tree().get_input_embeddings()
+        return getattr(embedding, "num_embeddings", None)
+
+    # ---------------------------------------------------------------- structure
+
+    def _trial_inputs(self, batch: int, tokens: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        def whole() -> torch.Tensor:
+            return torch.zeros(batch, tokens, dtype=torch.long, device="meta")
+
+        inputs = {"input_ids": whole()}
+        if self._takes_mask:
+            inputs["attention_mask"] = torch.ones_like(whole())
+        if self._takes_positions:
+            inputs["position_ids"] = whole()
+        if self.config.is_encoder_decoder:
+            inputs["decoder_input_ids"] = whole()
+        return (), inputs
+
+    # ---------------------------------------------------------------- blocks
+
+    def trace(self, *args: Any, **kwargs: Any) -> Tracer:
+        """One forward. With a prompt, the block is about it; without, open invokes inside.
+
+        Args:
+            *args: a string, list of strings, token ids, tensor or mapping with `input_ids`.
+            **kwargs: model inputs that belong to the prompt, such as `input_ids` or
+                `attention_mask`, and other keywords of the model's forward.
+
+        Raises:
+            InputError: the prompt cannot be read.
+        """
+        return self._tracer(args, kwargs, generates=False)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Tracer:
+        """A generation; `generator.output` has the token ids [prompt, token].
+
+        Args:
+            *args: as in `trace`.
+            **kwargs: `max_new_tokens` and all that transformers' `generate` takes.
+
+        Raises:
+            InputError: the prompt cannot be read, or would grow past the model's positions.
+        """
+        return self._tracer(args, kwargs, generates=True)
+
+    def _tracer(self, args: tuple[Any, ...], kwargs: dict[str, Any], generates: bool) -> Tracer:
+        for name in _REMOTE:
+            if kwargs.pop(name, False):
+                raise InputError(f"`{name}=`: running on a server is not in this release.")
+        inputs = {key: kwargs.pop(key) for key in PER_TOKEN if key in kwargs}
+        return Tracer(
+            self, self, generates=generates, args=args, prompt_kwargs=inputs, kwargs=kwargs
+        )
+
+    def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TextPrompt:
+        return self._reader.read(args, kwargs)
+
+    def execute(self, tracer: Tracer) -> Any:
+        if tracer.generates and self._reader.limit is not None:
+            grows = int(tracer.kwargs.get("max_new_tokens") or 0)
+            for invoker in tracer.invokes:
+                if invoker.prompt is not None and invoker.prompt.width + grows > self._reader.limit:
+                    raise InputError(
+                        f"the prompt of {invoker.prompt.width} tokens ({invoker.location}) and "
+                        f"max_new_tokens={grows} pass the {self._reader.limit} positions of the model."
+                    )
+        return super().execute(tracer)
+
+    def _shape_class(self, prompt: Any) -> Any:
+        kinds = tuple(sorted(prompt.inputs))
+        padded = self._takes_mask and (
+            self._takes_positions or pads_without_positions(self.config)
+        )
+        return kinds if padded else (kinds, prompt.width, any(n != prompt.width for n in prompt.lengths))
+
+    def _forward(self, tracer: Tracer, module: torch.nn.Module, prompts: list[TextPrompt]) -> Any:
+        positions = self._takes_positions and not tracer.generates
+        inputs = batch(prompts, self._reader.pad, positions, self._input_device(module))
+        if not self._takes_mask:
+            inputs.pop("attention_mask")
+        if not tracer.generates:
+            return module(**inputs, **tracer.kwargs)
+        options = dict(tracer.kwargs)
+        if self._keeps_logits and self._touches_head(tracer):
+            # Else transformers computes the prompt's last logits alone.
+            options.setdefault("logits_to_keep", 0)
+        if "pad_token_id" not in options and module.generation_config.pad_token_id is None:  # type: ignore[union-attr]
+            options["pad_token_id"] = self._reader.pad
+        return module.generate(**inputs, **options)  # type: ignore[operator]
+
+    def _input_device(self, module: torch.nn.Module) -> torch.device:
+        weight = module.get_input_embeddings().weight  # type: ignore[operator]
+        if weight.is_meta:  # offloaded: accelerate brings it, and the inputs, to its own device
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return weight.device  # type: ignore[no-any-return]
+
+    def _touches_head(self, tracer: Tracer) -> bool:
+        head = self.tree().get_output_embeddings()
+        paths = {""} | {name for name, child in self.tree().named_modules() if child is head}
+        touched = {place[1].path for place in tracer.recording.current}
+        return bool(paths & touched)
+
+    # ---------------------------------------------------------------- generation
+
+    @contextmanager
+    def _around(
+        self, tracer: Tracer, run: Run, module: torch.nn.Module, prompts: list[TextPrompt]
+    ) -> Iterator[None]:
+        if not tracer.generates:
+            yield
+            return
+        width = max(prompt.width for prompt in prompts)
+        endings = self._endings(tracer, module)
+        later = any(site.wanted_after_first() for site in run.sites)
+        state = {"step": -1}
+        ended: set[int] = set()
+        count = sum(prompt.rows for prompt in prompts)
+
+        def begins(_: Any, args: Any, kwargs: Any) -> None:
+            if not run.listens():
+                return
+            step = state["step"] = state["step"] + 1
+            ids = kwargs.get("input_ids", args[0] if args else None)
+            if ids is None:
+                ids = kwargs.get("decoder_input_ids", kwargs.get("inputs_embeds"))
+            rows = count if ids is None else ids.shape[0]
+            mask = kwargs.get("attention_mask")
+            flat = mask is not None and mask.ndim == 2 and not self.config.is_encoder_decoder
+            if later and step and ids is not None and ids.ndim == 2 and endings is not None:
+                over = torch.isin(ids[:, -1], endings.to(ids.device)).reshape(count, -1).all(1)
+                ended.update(over.nonzero().flatten().tolist())
+            run.forward_begins(step, rows, mask.shape[1] - width if flat else step, ended)
+
+        handle = module.register_forward_pre_hook(begins, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _endings(self, tracer: Tracer, module: torch.nn.Module) -> torch.Tensor | None:
+        """Token ids that end a generation."""
+        given = tracer.kwargs.get("generation_config") or module.generation_config
+        ids = tracer.kwargs.get("eos_token_id", getattr(given, "eos_token_id", None))
+        if ids is None:
+            return None
+        return torch.as_tensor(ids).flatten()
+
+    def _join(self, tracer: Tracer, work: Plan, results: list[Any]) -> Any:
+        if not tracer.generates:
+            return super()._join(tracer, work, results)
+        parts: dict[int, tuple[Any, int]] = {}
+        endings = self._endings(tracer, self.load())
+        for one, result in zip(work.passes, results, strict=True):
+            ids = result if isinstance(result, torch.Tensor) else result.sequences
+            prompts = {index: tracer.invokes[index].prompt for index in one.invokes}
+            width = max(prompt.width for prompt in prompts.values())
+            each = ids.shape[0] // sum(prompt.rows for prompt in prompts.values())
+            start = 0
+            for index, prompt in prompts.items():
+                own = ids[start : start + prompt.rows * each]
+                start += prompt.rows * each
+                if not self.config.is_encoder_decoder:
+                    own = own[:, width - prompt.width :]
+                parts[index] = (_until_end(own, prompt.width, endings), prompt.width)
+        for index, (own, _) in parts.items():
+            tracer.invokes[index].output = own
+        if len(results) == 1:
+            return results[0]
+        if not all(isinstance(result, torch.Tensor) for result in results):
+            return tuple(results)
+        before = max(width for _, width in parts.values())
+        after = max(own.shape[1] - width for own, width in parts.values())
+        rows = [
+            torch.nn.functional.pad(
+                own, (before - width, after - own.shape[1] + width), value=self._reader.pad
+            )
+            for _, (own, width) in sorted(parts.items())
+        ]
+        return torch.cat(rows)
+
+
+def _until_end(ids: torch.Tensor, prompt: int, endings: torch.Tensor | None) -> torch.Tensor:
+    """`ids` [row, token] without the padding that follows the end of the longest row."""
+    if endings is None or ids.shape[1] <= prompt:
+        return ids
+    over = torch.isin(ids[:, prompt:], endings.to(ids.device))
+    ended = over.any(1)
+    if not bool(ended.all()):
+        return ids
+    last = int(over.int().argmax(1).max())
+    return ids[:, : prompt + last + 1]

@@ -1,0 +1,247 @@
+"""Owns prompts: from what the user gives to token ids, and from several prompts to one batch.
+
+Padding is on the left, with the attention mask and position ids that make each row compute what it
+computes alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..tracing.errors import InputError
+
+#: Model inputs that have one entry for each token, and what padding holds in them.
+PER_TOKEN = {
+    "input_ids": None,
+    "attention_mask": 0,
+    "position_ids": 0,
+    "token_type_ids": 0,
+    "labels": -100,
+    "inputs_embeds": 0,
+}
+
+
+class TextPrompt:
+    """Token ids of one invoke.
+
+    Attributes:
+        inputs: model inputs [row, token] (`inputs_embeds` [row, token, d_model]), rows of different
+            lengths padded on the left; always with `attention_mask`.
+        lengths: own tokens of each row.
+        width: tokens of the longest row.
+        other: further keyword inputs of the model, the same for the whole batch.
+    """
+
+    __slots__ = ("inputs", "lengths", "other", "width")
+
+    def __init__(self, inputs: dict[str, torch.Tensor], other: dict[str, Any]) -> None:
+        self.inputs = inputs
+        self.other = other
+        mask = inputs["attention_mask"]
+        self.width = mask.shape[1]
+        # Left padding counts as no token; a zero inside the prompt is the user's own masking.
+        seen = mask.bool().long().cumsum(1) > 0
+        self.lengths = [int(n) for n in seen.sum(1)]
+
+    @property
+    def rows(self) -> int:
+        return len(self.lengths)
+
+
+class Reader:
+    """Reads prompts for one model.
+
+    Attributes:
+        tokenizer: for strings; None refuses them.
+        limit: longest prompt in tokens that the model's position table holds, None without one.
+        vocabulary: number of token ids.
+    """
+
+    def __init__(self, tokenizer: Any, limit: int | None, vocabulary: int | None, name: str) -> None:
+        self.tokenizer = tokenizer
+        self.limit = limit
+        self.vocabulary = vocabulary
+        self.name = name
+
+    @property
+    def pad(self) -> int:
+        for owner in ("pad_token_id", "eos_token_id"):
+            known = getattr(self.tokenizer, owner, None)
+            if isinstance(known, int):
+                return known
+        return 0
+
+    def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TextPrompt:
+        """Read the arguments of an invoke.
+
+        Raises:
+            InputError: no, several or unusable prompts.
+        """
+        inputs: dict[str, Any] = {}
+        if len(args) > 1:
+            if not all(isinstance(a, str) for a in args):
+                raise InputError(f"an invoke takes one prompt, {len(args)} were given; use a list.")
+            args = (list(args),)
+        if args:
+            inputs.update(self._main(args[0]))
+        tokens = {k: v for k, v in kwargs.items() if k in PER_TOKEN}
+        other = {k: v for k, v in kwargs.items() if k not in PER_TOKEN}
+        other.update({k: inputs.pop(k) for k in list(inputs) if k not in PER_TOKEN})
+        for name, value in tokens.items():
+            if name in inputs and name != "attention_mask":
+                raise InputError(f"`{name}` was given twice.")
+            inputs[name] = _rows(name, value)
+        main = inputs.get("input_ids", inputs.get("inputs_embeds"))
+        if main is None:
+            raise InputError("the prompt has neither `input_ids` nor `inputs_embeds`.")
+        if main.shape[0] == 0 or main.shape[1] == 0:
+            raise InputError("the prompt is empty: it has no tokens. Give at least one.")
+        if "attention_mask" not in inputs:
+            inputs["attention_mask"] = torch.ones(main.shape[:2], dtype=torch.long, device=main.device)
+        for name, value in inputs.items():
+            if value.shape[:2] != main.shape[:2]:
+                raise InputError(
+                    f"`{name}` has shape {list(value.shape)}, the prompt has "
+                    f"{main.shape[0]} rows of {main.shape[1]} tokens."
+                )
+        self._check(inputs)
+        return TextPrompt(inputs, other)
+
+    def _check(self, inputs: dict[str, torch.Tensor]) -> None:
+        width = inputs["attention_mask"].shape[1]
+        if self.limit is not None and width > self.limit:
+            raise InputError(
+                f"the prompt has {width} tokens, {self.name} has positions for {self.limit}. "
+                "Shorten it."
+            )
+        ids = inputs.get("input_ids")
+        if ids is not None and self.vocabulary and ids.device.type != "meta":
+            worst = int(ids.max())
+            if worst >= self.vocabulary or int(ids.min()) < 0:
+                found = worst if worst >= self.vocabulary else int(ids.min())
+                raise InputError(
+                    f"token id {found} is outside the vocabulary of {self.vocabulary}."
+                )
+
+    def _main(self, prompt: Any) -> dict[str, Any]:
+        if isinstance(prompt, str):
+            return self._tokenize([prompt])
+        if isinstance(prompt, torch.Tensor):
+            return {"input_ids": _rows("input_ids", prompt)}
+        if isinstance(prompt, Mapping):
+            return {
+                key: _rows(key, value) if key in PER_TOKEN else value
+                for key, value in prompt.items()
+            }
+        if hasattr(prompt, "__array__"):
+            return {"input_ids": _rows("input_ids", torch.as_tensor(prompt))}
+        if isinstance(prompt, Sequence):
+            if not prompt:
+                raise InputError("the prompt is an empty list.")
+            if all(isinstance(part, str) for part in prompt):
+                return self._tokenize(list(prompt))
+            if all(isinstance(part, int) for part in prompt):
+                return {"input_ids": torch.tensor([list(prompt)])}
+            if all(isinstance(part, (Sequence, torch.Tensor)) and not isinstance(part, str)
+                   for part in prompt):
+                return self._pad([torch.as_tensor(part).long().flatten() for part in prompt])
+        raise InputError(
+            f"a prompt of type {type(prompt).__name__} cannot be read. Give a string, a list of "
+            "strings, token ids (list or tensor), or a mapping with `input_ids`."
+        )
+
+    def _tokenize(self, texts: list[str]) -> dict[str, Any]:
+        if self.tokenizer is None:
+            raise InputError(
+                f"{self.name} has no tokenizer, so it cannot read text. Give token ids, or pass "
+                "`LanguageModel(..., tokenizer=...)`."
+            )
+        encoded = self.tokenizer(texts)
+        ids = [torch.tensor(row, dtype=torch.long) for row in encoded["input_ids"]]
+        for text, row in zip(texts, ids, strict=True):
+            if row.numel() == 0:
+                raise InputError(f"the prompt {text!r} is empty: it has no tokens.")
+        result = self._pad(ids)
+        types = encoded.get("token_type_ids")
+        if types is not None:
+            result["token_type_ids"] = pad_left([torch.tensor(t) for t in types], 0)
+        return result
+
+    def _pad(self, ids: list[torch.Tensor]) -> dict[str, Any]:
+        if any(row.numel() == 0 for row in ids):
+            raise InputError("a prompt of the list is empty: it has no tokens.")
+        return {
+            "input_ids": pad_left(ids, self.pad),
+            "attention_mask": pad_left([torch.ones_like(row) for row in ids], 0),
+        }
+
+
+def _rows(name: str, value: Any) -> torch.Tensor:
+    tensor = value if isinstance(value, torch.Tensor) else torch.as_tensor(value)
+    if name == "inputs_embeds":
+        tensor = tensor if tensor.ndim == 3 else tensor.unsqueeze(0)
+    elif tensor.ndim == 1:
+        tensor = tensor.unsqueeze(0)
+    elif tensor.ndim != 2:
+        raise InputError(f"`{name}` has shape {list(tensor.shape)}; [token] or [row, token] is wanted.")
+    if name == "input_ids" and tensor.is_floating_point():
+        raise InputError(
+            f"token ids are whole numbers, found {str(tensor.dtype).removeprefix('torch.')}. "
+            "Embeddings are given as `inputs_embeds=`."
+        )
+    return tensor.long() if name == "input_ids" else tensor
+
+
+def pad_left(rows: list[torch.Tensor], fill: Any) -> torch.Tensor:
+    """Rows of different lengths as one tensor [row, token, …], padded on the left."""
+    width = max(row.shape[0] for row in rows)
+    if all(row.shape[0] == width for row in rows):
+        return torch.stack(rows)
+    padded = rows[0].new_full((len(rows), width, *rows[0].shape[1:]), fill)
+    for i, row in enumerate(rows):
+        padded[i, width - row.shape[0] :] = row
+    return padded
+
+
+def batch(
+    prompts: list[TextPrompt], pad: int, with_positions: bool, device: torch.device
+) -> dict[str, Any]:
+    """The model inputs of several prompts together.
+
+    Args:
+        pad: token id that fills the padding.
+        with_positions: add `position_ids` where padding or several rows need them.
+        device: where the model takes its inputs.
+
+    Raises:
+        InputError: prompts have different kinds of inputs.
+    """
+    names = set(prompts[0].inputs)
+    result: dict[str, Any] = {}
+    for prompt in prompts:
+        if set(prompt.inputs) != names:
+            raise InputError(
+                f"prompts of one block have different inputs: {sorted(names)} and "
+                f"{sorted(prompt.inputs)}. Give all of them the same."
+            )
+        for key, value in prompt.other.items():
+            if key in result and result[key] is not value and result[key] != value:
+                raise InputError(f"`{key}` differs between the prompts of one block.")
+            result[key] = value.to(device) if isinstance(value, torch.Tensor) else value
+    for name in prompts[0].inputs:
+        fill = pad if name == "input_ids" else PER_TOKEN[name]
+        if len(prompts) == 1:
+            result[name] = prompts[0].inputs[name].to(device)
+        else:
+            rows = [row.to(device) for prompt in prompts for row in prompt.inputs[name]]
+            result[name] = pad_left(rows, fill)
+    mask = result["attention_mask"]
+    if with_positions and "position_ids" not in result and mask.ndim == 2:
+        leading = (mask.long().cumsum(1) == 0).sum(1, keepdim=True)
+        if mask.shape[0] > 1 or bool(leading.any()):
+            places = torch.arange(mask.shape[1], device=mask.device) - leading
+            result["position_ids"] = places.clamp(min=0)
+    return result

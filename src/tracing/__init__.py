@@ -1,0 +1,23 @@
+"""What was asked: the recorded graph, the proxies that record it, the blocks they are written in.
+
+This room knows torch tensors and no modules. Nothing here runs a model.
+"""
+
+from .context import Invoker, Tracer, current_tracer
+from .errors import GraftworkError
+from .graph import Graph
+from .node import HookPoint, Node
+from .proxy import BlockOutput, Proxy, apply
+
+__all__ = [
+    "BlockOutput",
+    "GraftworkError",
+    "Graph",
+    "HookPoint",
+    "Invoker",
+    "Node",
+    "Proxy",
+    "Tracer",
+    "apply",
+    "current_tracer",
+]

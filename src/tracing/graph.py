@@ -1,0 +1,113 @@
+"""Owns `Graph`: the recorded nodes, which of them are saved, and the last write at each hook point."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from .node import CALL, MODULE, PARAMETER, READ, WRITE, Captured, HookPoint, Node, user_line
+from .structure import ATOMS, leaves
+
+
+class Box:
+    """Where one saved value is delivered. Only the user's proxies keep it alive after the run."""
+
+    __slots__ = ("error", "full", "value")
+
+    def __init__(self) -> None:
+        self.full = False
+        self.value: Any = None
+        self.error: Exception | None = None
+
+
+class Graph:
+    """Nodes in recorded order.
+
+    Attributes:
+        nodes: every node; `nodes[i].index == i` and arguments come before their users.
+        saves: saved nodes and the boxes that wait for their values.
+        writes: the last WRITE node of each invoke at each hook point.
+        needs_grad: a captured tensor requires grad.
+    """
+
+    __slots__ = ("needs_grad", "nodes", "saves", "writes")
+
+    def __init__(self) -> None:
+        self.nodes: list[Node] = []
+        self.saves: list[tuple[Node, Box]] = []
+        self.writes: dict[tuple[int, HookPoint], Node] = {}
+        self.needs_grad = False
+
+    def append(
+        self,
+        kind: str,
+        target: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+        invoke: int = -1,
+    ) -> Node:
+        """Record a node at the user's current line."""
+        file, line = user_line(2)
+        nodes = self.nodes
+        node = Node(len(nodes), kind, target, args, kwargs or {}, invoke, file, line)
+        nodes.append(node)
+        return node
+
+    def live(self) -> bytearray:
+        """1 for every node on which a save or a last write depends; the others need not run."""
+        alive = bytearray(len(self.nodes))
+        for node, _ in self.saves:
+            alive[node.index] = 1
+        for node in self.writes.values():
+            alive[node.index] = 1
+        for node in reversed(self.nodes):
+            if alive[node.index] and node.args:
+                for argument in arguments(node):
+                    alive[argument.index] = 1
+        return alive
+
+    def lint(self) -> None:
+        """Check the invariants that every other room relies on; an AssertionError is our bug."""
+        for index, node in enumerate(self.nodes):
+            assert node.index == index
+            assert node.kind in (READ, CALL, MODULE, PARAMETER, WRITE)
+            assert (node.kind in (READ, PARAMETER)) == (not node.args and not node.kwargs) or (
+                node.kind in (CALL, MODULE)
+            )
+            for argument in arguments(node):
+                assert argument.index < index and self.nodes[argument.index] is argument
+
+    def __len__(self) -> int:
+        return len(self.nodes)
+
+    def __str__(self) -> str:
+        saved = {node.index for node, _ in self.saves}
+        lines = []
+        for node in self.nodes:
+            inner = [_show(a) for a in node.args]
+            inner += [f"{key}={_show(value)}" for key, value in node.kwargs.items()]
+            if node.kind == WRITE:
+                text = f"{node.target} = {', '.join(inner)}"
+            elif node.kind in (READ, PARAMETER):
+                text = str(node.target)
+            else:
+                name = node.target.name if node.kind == CALL else node.target
+                text = f"{name}({', '.join(inner)})"
+            star = " (saved)" if node.index in saved else ""
+            place = "" if node.invoke < 0 else f"  invoke {node.invoke}"
+            lines.append(f"{node!r:>5} {text}{star}  #{place}  {node.location}")
+        return "\n".join(lines)
+
+
+def _show(value: Any) -> str:
+    name = getattr(value, "name", None)
+    return name if isinstance(name, str) and not isinstance(value, Captured) else repr(value)
+
+
+def arguments(node: Node) -> Iterator[Node]:
+    """The nodes that `node` uses, one for each use."""
+    for argument in (*node.args, *node.kwargs.values()) if node.kwargs else node.args:
+        if type(argument) is Node:
+            yield argument
+        elif type(argument) not in ATOMS:
+            yield from (leaf for leaf in leaves(argument) if type(leaf) is Node)

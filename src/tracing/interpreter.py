@@ -1,0 +1,104 @@
+"""Owns the evaluation of one node, on real or on fake values, and says whose line an error is of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from .errors import CapturedTensorError, GraftworkError, add_note
+from .graph import arguments
+from .node import CALL, MODULE, PARAMETER, WRITE, Captured, Node
+from .operations import APPLY
+from .structure import ATOMS, leaves, map_leaves
+
+
+class Interpreter:
+    """Evaluates nodes against a table of values.
+
+    Attributes:
+        values: value of each node by index.
+        call_module: applies the module at a path.
+        parameter: the parameter or buffer at a path.
+
+    A captured tensor goes to the device of the first value that it meets.
+    """
+
+    __slots__ = ("call_module", "parameter", "values")
+
+    def __init__(
+        self,
+        values: Sequence[Any],
+        call_module: Callable[..., Any],
+        parameter: Callable[[str], Any],
+    ) -> None:
+        self.values = values
+        self.call_module = call_module
+        self.parameter = parameter
+
+    def evaluate(self, node: Node) -> Any:
+        """The value of `node`, whose arguments have been evaluated.
+
+        Raises:
+            CapturedTensorError: a captured tensor was changed since it was recorded.
+            Exception: whatever the operation raises, with a note that names the user's line.
+        """
+        try:
+            if node.kind == PARAMETER:
+                return self.parameter(node.target)
+            args = tuple(self._resolve(node, argument) for argument in node.args)
+            if node.kind == WRITE:
+                return args[0]
+            kwargs = {key: self._resolve(node, value) for key, value in node.kwargs.items()}
+            if node.kind == MODULE:
+                return self.call_module(node.target, *args, **kwargs)
+            assert node.kind == CALL
+            if node.target is APPLY:
+                return _call_unchanged(node, args, kwargs)
+            return node.target.function(*args, **kwargs)
+        except GraftworkError:
+            raise
+        except Exception as error:
+            add_note(error, f"graftwork: in {node.describe()}, recorded at {node.location}")
+            raise
+
+    def _resolve(self, node: Node, argument: Any) -> Any:
+        kind = type(argument)
+        if kind is Node:
+            return self.values[argument.index]
+        if kind in ATOMS:
+            return argument
+        return map_leaves(lambda leaf: self._leaf(node, leaf), argument)
+
+    def _leaf(self, node: Node, leaf: Any) -> Any:
+        if type(leaf) is Node:
+            return self.values[leaf.index]
+        return self._captured(node, leaf) if type(leaf) is Captured else leaf
+
+    def _captured(self, node: Node, captured: Captured) -> torch.Tensor:
+        tensor = captured.tensor
+        if captured.version is not None and tensor._version != captured.version:
+            raise CapturedTensorError.changed(captured.name, tensor.shape, node.location)
+        for argument in arguments(node):
+            for leaf in leaves(self.values[argument.index]):
+                if isinstance(leaf, torch.Tensor):
+                    return tensor if tensor.device == leaf.device else tensor.to(leaf.device)
+        return tensor
+
+
+def _versions(values: Any) -> list[tuple[torch.Tensor, int]]:
+    return [
+        (leaf, leaf._version)
+        for leaf in leaves(values)
+        if isinstance(leaf, torch.Tensor) and not leaf.is_inference()
+    ]
+
+
+def _call_unchanged(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run the user's own function and make sure that it did not write into the model's memory."""
+    before = _versions((args[1:], kwargs))
+    result = args[0](*args[1:], **kwargs)
+    if any(tensor._version != version for tensor, version in before):
+        raise CapturedTensorError.mutated(f"`{getattr(args[0], '__name__', args[0])}`", node.location)
+    return result

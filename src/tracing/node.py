@@ -1,0 +1,138 @@
+"""Owns `Node`, the closed set of node kinds, and `HookPoint`, the name of a place in a forward.
+
+A node is data: what to do with which earlier nodes, and the user's line that asked for it. It is
+never changed once recorded and holds no value; values live in a run.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any, NamedTuple
+
+import torch
+
+from .errors import Location
+
+#: The value that arrives at a hook point. `target` is a HookPoint.
+READ = "read"
+#: An operation on earlier values. `target` is an Operation.
+CALL = "call"
+#: A module of the model applied at this point. `target` is its path.
+MODULE = "module"
+#: A parameter or buffer of the model. `target` is its path.
+PARAMETER = "parameter"
+#: The value of its one argument replaces what is at a hook point. `target` is a HookPoint.
+WRITE = "write"
+
+KINDS = frozenset({READ, CALL, MODULE, PARAMETER, WRITE})
+
+_SRC = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+# Frames of these folders are never the user's: a module called on a proxy records from inside torch.
+_NOT_THE_USER = (
+    *(os.path.join(_SRC, room) + os.sep for room in ("tracing", "envoy", "intervention", "models")),
+    os.path.dirname(os.path.abspath(torch.__file__)) + os.sep,
+    os.sep + os.path.join("site-packages", "einops") + os.sep,
+)
+
+
+def user_line(depth: int = 1) -> Location:
+    """File and line of the nearest frame that is neither ours nor torch's.
+
+    One frame walk, no stack capture: capturing stacks was two thirds of the recording cost of an
+    earlier library of this field.
+    """
+    frame = sys._getframe(depth)
+    first = frame
+    while True:
+        name = frame.f_code.co_filename
+        if not name.startswith(_NOT_THE_USER) and _NOT_THE_USER[-1] not in name:
+            return Location(name, frame.f_lineno)
+        if frame.f_back is None:
+            return Location(first.f_code.co_filename, first.f_lineno)
+        frame = frame.f_back
+
+
+class HookPoint(NamedTuple):
+    """A place in a run: the `port` of the module at `path`, in forward `step`, at its nth `call`.
+
+    Attributes:
+        path: dotted path of the module in the tree; "" is the root.
+        port: "output" or "inputs" of the module, or "result", what the entry point returns.
+        step: which forward of the root module, from 0; in generation, one per generated token.
+        call: which call of this module inside that step, from 0.
+    """
+
+    path: str
+    port: str
+    step: int = 0
+    call: int = 0
+
+    def __str__(self) -> str:
+        name = f"{self.path}.{self.port}" if self.path else self.port
+        if self.call:
+            name += f" (call {self.call})"
+        return name + (f" at step {self.step}" if self.step else "")
+
+
+class Captured:
+    """A tensor from outside the block, with the version it had when it was recorded."""
+
+    __slots__ = ("name", "tensor", "version")
+
+    def __init__(self, tensor: torch.Tensor, name: str) -> None:
+        self.tensor = tensor
+        self.name = name
+        # Inference tensors have no version counter; they cannot be changed outside inference mode.
+        self.version = None if tensor.is_inference() else tensor._version
+
+    def __repr__(self) -> str:
+        return f"{self.name}{list(self.tensor.shape)}"
+
+
+class Node:
+    """One recorded operation.
+
+    Attributes:
+        index: position in the graph; arguments always have smaller ones.
+        invoke: the invoke it was recorded in.
+        args, kwargs: literals, `Captured` tensors and other nodes, nested in plain containers.
+        file, line: the user's line.
+    """
+
+    __slots__ = ("args", "file", "index", "invoke", "kind", "kwargs", "line", "target")
+
+    def __init__(
+        self,
+        index: int,
+        kind: str,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        invoke: int,
+        file: str,
+        line: int,
+    ) -> None:
+        self.index = index
+        self.kind = kind
+        self.target = target
+        self.args = args
+        self.kwargs = kwargs
+        self.invoke = invoke
+        self.file = file
+        self.line = line
+
+    @property
+    def location(self) -> Location:
+        return Location(self.file, self.line)
+
+    def describe(self) -> str:
+        """What the node stands for, in the user's terms."""
+        if self.kind == READ or self.kind == WRITE:
+            return f"`{self.target}`"
+        if self.kind == CALL:
+            return f"the result of `{self.target.name}`"
+        return f"`{self.target}`"
+
+    def __repr__(self) -> str:
+        return f"%{self.index}"

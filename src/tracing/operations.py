@@ -1,0 +1,293 @@
+"""Owns the operations that a graph may name, and what each does to its first argument.
+
+An operation is pure, a view of its first argument, or changes its first argument in place. Graphs
+are functional: an in-place operation is recorded as one that returns a changed copy, and a write
+into a view is carried back to the whole by `Operation.put`. So a value that was read earlier never
+changes, in whatever order things run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .errors import OperationError, near
+from .structure import children, rebuild
+
+PURE, VIEW, IN_PLACE = "pure", "view", "in place"
+
+
+def _clone(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.clone(memory_format=torch.contiguous_format)
+    return value
+
+
+class Operation:
+    """A named function.
+
+    Attributes:
+        name: how it is printed and, later, sent.
+        function: what runs; never changes its arguments.
+        effect: PURE, VIEW or IN_PLACE, as the user wrote it.
+        fresh: the result is new memory, shared with no argument.
+        inverse: `inverse(whole, part, *args)` is `whole` with its part replaced. Views without one
+            are put back by taking the same view of a copy.
+    """
+
+    __slots__ = ("effect", "fresh", "function", "inverse", "name")
+
+    def __init__(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        effect: str = PURE,
+        fresh: bool = False,
+        inverse: Callable[..., Any] | None = None,
+    ) -> None:
+        self.name = name
+        self.function = function
+        self.effect = effect
+        self.fresh = fresh
+        self.inverse = inverse
+
+    def put(self, whole: Any, part: Any, *args: Any, **kwargs: Any) -> Any:
+        """`whole` with the part that this view shows replaced by `part`."""
+        if self.inverse is not None:
+            return self.inverse(whole, part, *args, **kwargs)
+        changed = _clone(whole)
+        _copy_into(self.function(changed, *args, **kwargs), part)
+        return changed
+
+
+def _copy_into(views: Any, parts: Any) -> None:
+    if isinstance(views, torch.Tensor):
+        if not isinstance(parts, torch.Tensor) or views.shape != parts.shape:
+            found = list(parts.shape) if isinstance(parts, torch.Tensor) else type(parts).__name__
+            raise ValueError(f"a part of shape {list(views.shape)} was replaced by {found}")
+        views.copy_(parts)
+        return
+    for view, part in zip(views, parts, strict=True):
+        _copy_into(view, part)
+
+
+def _put_item(whole: Any, part: Any, key: Any) -> Any:
+    if isinstance(whole, torch.Tensor):
+        changed = _clone(whole)
+        changed[key] = part
+        return changed
+    if isinstance(whole, dict):
+        if key not in whole:
+            raise KeyError(f"{key!r} is not among {list(whole)}")
+        return rebuild(whole, [part if k == key else v for k, v in whole.items()])
+    items = list(whole)
+    items[key] = part
+    return rebuild(whole, items)
+
+
+def _field(value: Any, name: str) -> Any:
+    # Only data: a path through attributes must not lead into Python's internals.
+    if name.startswith("_"):
+        raise AttributeError(f"`{name}` is private")
+    if isinstance(value, dict) and name in value:
+        return value[name]
+    if isinstance(value, torch.Tensor) and name not in TENSOR_PROPERTIES:
+        known = [n for n in dir(torch.Tensor) if not n.startswith("_")]
+        raise AttributeError(f"a tensor has no attribute `{name}`. {near(name, known)}")
+    return getattr(value, name)
+
+
+def _put_field(whole: Any, part: Any, name: str) -> Any:
+    if isinstance(whole, dict):
+        return _put_item(whole, part, name)
+    if dataclasses.is_dataclass(whole):
+        fields = [f.name for f in dataclasses.fields(whole)]
+    else:
+        fields = list(getattr(whole, "_fields", ()))
+    parts = children(whole)
+    if name in fields and parts is not None:
+        return rebuild(whole, [part if f == name else v for f, v in zip(fields, parts, strict=True)])
+    raise TypeError(f"the field `{name}` of {type(whole).__name__} cannot be replaced")
+
+
+def _element(value: Any, index: int) -> Any:
+    """Part `index` of what a block returns, whichever way the block returns it.
+
+    Blocks returned a tuple whose first part is the hidden states until transformers 4; most return
+    the bare hidden states since. Part 0 is the hidden states in both.
+    """
+    if not isinstance(value, torch.Tensor):
+        return value[index]
+    if index == 0:
+        return value
+    raise IndexError(
+        f"this block returns its hidden states {list(value.shape)} alone, no tuple: `output` and "
+        f"`output[0]` both mean them, and there is no part {index}. For a row of the batch write "
+        f"`output[{index}:{index + 1 or ''}]`"
+    )
+
+
+def _put_element(whole: Any, part: Any, index: int) -> Any:
+    if not isinstance(whole, torch.Tensor):
+        return _put_item(whole, part, index)
+    _element(whole, index)
+    return part
+
+
+def _first_argument(inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+    args, kwargs = inputs
+    if args:
+        return args[0]
+    if kwargs:
+        return next(iter(kwargs.values()))
+    raise IndexError("the module was called without arguments")
+
+
+def _put_first_argument(inputs: Any, part: Any) -> Any:
+    args, kwargs = inputs
+    if args:
+        return (part, *args[1:]), kwargs
+    first = next(iter(kwargs))
+    return args, {**kwargs, first: part}
+
+
+def _set_item(value: Any, key: Any, part: Any) -> Any:
+    return _put_item(value, part, key)
+
+
+def _apply(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return function(*args, **kwargs)
+
+
+GETITEM = Operation("getitem", operator.getitem, VIEW, inverse=_put_item)
+TAKE = Operation("getitem", operator.getitem)
+SETITEM = Operation("setitem", _set_item, IN_PLACE, fresh=True)
+FIELD = Operation("field", _field, VIEW, inverse=_put_field)
+ELEMENT = Operation("element", _element, VIEW, inverse=_put_element)
+FIRST_ARGUMENT = Operation("first argument", _first_argument, VIEW, inverse=_put_first_argument)
+APPLY = Operation("apply", _apply)
+
+
+def _put(whole: Any, part: Any, view: Operation, args: Any, kwargs: Any) -> Any:
+    return view.put(whole, part, *args, **kwargs)
+
+
+PUT = Operation("put", _put)
+
+#: Attributes of a tensor that are data, not methods.
+TENSOR_PROPERTIES = frozenset({"T", "H", "mT", "mH", "real", "imag"})
+_VIEW_PROPERTIES = TENSOR_PROPERTIES
+
+#: Tensor methods and torch functions whose result shows the memory of their first argument.
+#: `reshape` and `flatten` count as views: a written part is always carried back.
+VIEWS = frozenset(
+    "view view_as reshape reshape_as transpose permute unsqueeze squeeze flatten unflatten ravel "
+    "split split_with_sizes chunk unbind tensor_split narrow select diagonal movedim moveaxis "
+    "swapaxes swapdims expand expand_as t adjoint hsplit vsplit dsplit unsafe_chunk unsafe_split"
+    "".split()
+)
+
+#: Functions whose result is new memory, so that saving it needs no copy.
+FRESH = frozenset(
+    "add sub mul div matmul mm bmm softmax log_softmax sum mean std var norm exp log abs neg argmax "
+    "argmin cos sin sqrt rsqrt pow relu gelu silu tanh sigmoid linear layer_norm cat stack "
+    "logsumexp cross_entropy clone eq ne lt le gt ge cosine_similarity topk max min".split()
+)
+
+BINARY = "add sub mul truediv floordiv mod pow matmul and_ or_ xor lshift rshift".split()
+COMPARE = "eq ne lt le gt ge".split()
+UNARY = "neg pos abs invert".split()
+
+
+def _reflect(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    return lambda right, left: function(left, right)
+
+
+def _in_place(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda value, *args, **kwargs: function(_clone(value), *args, **kwargs)
+
+
+def operators() -> dict[str, Operation]:
+    """Python's operators, by the name of the method that each calls."""
+    table: dict[str, Operation] = {}
+    for name in BINARY:
+        function = getattr(operator, name)
+        word = name.strip("_")
+        table[f"__{word}__"] = Operation(word, function, fresh=True)
+        table[f"__r{word}__"] = Operation(f"r{word}", _reflect(function), fresh=True)
+        in_place = getattr(operator, f"i{word}", None)
+        if in_place is not None:
+            table[f"__i{word}__"] = Operation(f"i{word}", _in_place(in_place), IN_PLACE)
+    for name in COMPARE + UNARY:
+        # `+x` may return x itself.
+        table[f"__{name}__"] = Operation(name, getattr(operator, name), fresh=name != "pos")
+    return table
+
+
+OPERATORS = operators()
+
+
+def is_in_place(name: str) -> bool:
+    """Torch's convention: a trailing underscore."""
+    return name.endswith("_") and not name.endswith("__")
+
+
+def _methods() -> dict[str, Operation]:
+    table: dict[str, Operation] = {}
+    for name in dir(torch.Tensor):
+        if name.startswith("_") or not callable(getattr(torch.Tensor, name)):
+            continue
+
+        def function(value: Any, *args: Any, _name: str = name, **kwargs: Any) -> Any:
+            method = getattr(value, _name, None)
+            if method is None:
+                raise AttributeError(f"{type(value).__name__} has no method `{_name}`")
+            return method(*args, **kwargs)
+
+        if is_in_place(name):
+            table[name] = Operation(name, _in_place(function), IN_PLACE)
+        else:
+            table[name] = Operation(name, function, VIEW if name in VIEWS else PURE, name in FRESH)
+    return table
+
+
+#: Tensor methods by name.
+METHODS = _methods()
+
+_functions: dict[Any, Operation] = {}
+
+
+def function_operation(function: Callable[..., Any]) -> Operation:
+    """The operation of a torch function or method that was called with a proxy."""
+    known = _functions.get(function)
+    if known is None:
+        name = getattr(function, "__name__", str(function))
+        if name in OPERATORS:
+            known = OPERATORS[name]
+        elif name == "__get__":
+            name = getattr(getattr(function, "__self__", None), "__name__", name)
+            known = Operation(name, function, VIEW if name in _VIEW_PROPERTIES else PURE)
+        elif is_in_place(name):
+            known = Operation(name, _in_place(function), IN_PLACE)
+        else:
+            known = Operation(name, function, VIEW if name in VIEWS else PURE, name in FRESH)
+        _functions[function] = known
+    return known
+
+
+def method_operation(name: str) -> Operation:
+    """The operation of a tensor method.
+
+    Raises:
+        OperationError: tensors have no such method.
+    """
+    try:
+        return METHODS[name]
+    except KeyError:
+        raise OperationError(
+            f"a tensor has no method `{name}`. {near(name, METHODS)}"
+        ) from None

@@ -1,0 +1,669 @@
+"""Owns `Proxy`, the handle that the user writes with. It records while its block is open; after the
+run it behaves as its saved value.
+
+Aliasing. Graphs are functional, Python's tensors are not: `h = m.output; v = h[0]; v += 1` changes
+`h` and the model. So a proxy is either a *root* (a value of its own; if it stands for a hook point,
+changing it records a WRITE there) or a *view* of a parent proxy. Changing a view records the change,
+then puts the changed part back into its parent, up to the root. A view whose parent was changed
+meanwhile takes itself again from the parent's new node. Nodes recorded before a change keep meaning
+the value from before it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from .errors import (
+    CapturedTensorError,
+    ForeignProxyError,
+    NotRunError,
+    NotSavedError,
+    OperationError,
+    near,
+)
+from .graph import Box
+from .node import CALL, WRITE, Captured, HookPoint, Node, user_line
+from .operations import (
+    APPLY,
+    ELEMENT,
+    FIELD,
+    FIRST_ARGUMENT,
+    GETITEM,
+    IN_PLACE,
+    METHODS,
+    OPERATORS,
+    PUT,
+    SETITEM,
+    TAKE,
+    TENSOR_PROPERTIES,
+    VIEW,
+    Operation,
+    function_operation,
+)
+from .recording import ABANDONED, DONE, FAILED, OPEN, Recording
+from .structure import ATOMS, leaves, map_leaves
+
+# Answered at once from the schedule: they return numbers, not values.
+_SHAPE_METHODS = frozenset({"size", "dim", "numel", "nelement", "ndimension", "is_floating_point"})
+_ON_DEMAND = frozenset({"item", "tolist", "numpy"})
+# Methods of sparse tensors, and fields of what max, sort and topk return: the fields are meant.
+_FIELDS_FIRST = frozenset({"values", "indices"})
+
+
+class Proxy:
+    """A handle on a node of a recording.
+
+    Attributes:
+        _recording: the block it belongs to.
+        _node: the node it stands for.
+        _parent, _view: for a view, what it shows and how: an operation with its arguments, or None
+            for a second handle on the same value.
+        _seen: for a view, the parent's node that `_node` was taken from.
+        _place: for the root of a hook point, its invoke and hook point.
+        _box: where its saved value arrives.
+    """
+
+    __slots__ = ("_box", "_node", "_parent", "_place", "_recording", "_seen", "_view")
+
+    # numpy must not spread an operation over our elements, but leave it to our reflected operator.
+    __array_ufunc__ = None
+
+    def __init__(
+        self,
+        recording: Recording,
+        node: Node,
+        place: tuple[int, HookPoint] | None = None,
+        parent: Proxy | None = None,
+        view: tuple[Operation, tuple[Any, ...], dict[str, Any]] | None = None,
+        seen: Node | None = None,
+        box: Box | None = None,
+    ) -> None:
+        self._recording = recording
+        self._node = node
+        self._place = place
+        self._parent = parent
+        self._view = view
+        self._seen = seen
+        self._box = box
+
+    # ---------------------------------------------------------------- recording
+
+    def save(self) -> Any:
+        """Keep this value, as it is at this line, beyond the run.
+
+        Returns:
+            A proxy whose `.value` is the tensor (or structure) after the block, with storage of its
+            own. This proxy gets it, too.
+        """
+        recording = self._recording
+        if recording.state is not OPEN:
+            self._known()
+            return self
+        node = _current(self)
+        box = self._box = recording.save(node)
+        return type(self)(recording, node, None, self, None, node, box)
+
+    @property
+    def value(self) -> Any:
+        """The saved value, after the block.
+
+        Raises:
+            NotSavedError: it was not saved.
+            NotRunError: the block has not run.
+            StepError: the forward never reached it.
+        """
+        return self._known()
+
+    def _known(self) -> Any:
+        box = self._box
+        if box is not None:
+            if box.full:
+                return box.value
+            if box.error is not None:
+                raise box.error
+        what, where = self._node.describe(), self._node.location
+        state = self._recording.state
+        if state is ABANDONED:
+            raise NotRunError.abandoned(what)
+        if box is None and state is DONE:
+            raise NotSavedError.value(what, where)
+        if state is FAILED:
+            raise NotRunError.failed(what, where)
+        raise NotRunError.recording(what, where)
+
+    @property
+    def t(self) -> Tokens:
+        """Index by position in this prompt's own tokens: `.t[0]`, `.t[-1]`, `.t[2:5]`."""
+        return Tokens(self)
+
+    token = t
+
+    @property
+    def shape(self) -> Any:
+        """Shape of the value; of a structure, the structure of its shapes."""
+        return _described(self, lambda leaf: leaf.shape)
+
+    @property
+    def dtype(self) -> Any:
+        return _described(self, lambda leaf: leaf.dtype)
+
+    @property
+    def device(self) -> Any:
+        if self._recording.state is OPEN:
+            return self._recording.oracle.device()
+        return self._known().device
+
+    @property
+    def ndim(self) -> Any:
+        return _described(self, lambda leaf: leaf.ndim)
+
+    # ---------------------------------------------------------------- indexing
+
+    def __getitem__(self, key: Any) -> Any:
+        if self._recording.state is not OPEN:
+            return self._known()[_unwrap(key)]
+        if _is_view_key(key):
+            return _record(self._recording, GETITEM, (self, key), {})
+        return _record(self._recording, TAKE, (self, key), {})
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if self._recording.state is not OPEN:
+            self._known()[_unwrap(key)] = _unwrap(value)
+            return
+        # `p[k] += 1` ends in `p[k] = part`, where the part has already been put back.
+        if _is_part(value, self, GETITEM, (key,)):
+            return
+        self._change(SETITEM, (key, value), {})
+
+    def __iter__(self) -> Iterator[Any]:
+        if self._recording.state is not OPEN:
+            return iter(self._known())
+        return iter([self[i] for i in range(self._length("iteration"))])
+
+    def __len__(self) -> int:
+        if self._recording.state is not OPEN:
+            return len(self._known())
+        return self._length("len()")
+
+    def _length(self, use: str) -> int:
+        fake = self._recording.oracle.value(_current(self))
+        if isinstance(fake, torch.Tensor) and fake.ndim == 0:
+            raise OperationError(f"{use} over a scalar: {self._node.describe()}")
+        return len(fake)
+
+    def __contains__(self, item: Any) -> bool:
+        return _unwrap(item) in self._on_demand("in")
+
+    # ---------------------------------------------------------------- attributes and calls
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") and name.endswith("__"):
+            raise AttributeError(name)
+        if self._recording.state is not OPEN:
+            return getattr(self._known(), name)
+        if name in TENSOR_PROPERTIES:
+            return _record(self._recording, FIELD, (self, name), {})
+        if name in _SHAPE_METHODS:
+            return getattr(self._recording.oracle.value(_current(self)), name)
+        if name in _ON_DEMAND:
+            self._on_demand(f".{name}()")
+        if name in ("backward", "grad"):
+            raise OperationError(
+                f"`.{name}` inside a block is not supported yet. Save the value and take gradients "
+                "after the block; captured parameters receive them."
+            )
+        if name in METHODS and name not in _FIELDS_FIRST:
+            return Method(self, name)
+        if name.startswith("_"):
+            raise AttributeError(f"a proxy has no attribute `{name}`")
+        return _record(self._recording, FIELD, (self, name), {})
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        view = self._view
+        if view is not None and view[0] is FIELD:
+            name = view[1][0]
+            if name in METHODS and self._parent is not None:
+                return Method(self._parent, name)(*args, **kwargs)
+            raise OperationError(
+                f"`{name}` is no method of a tensor. {near(name, METHODS)} Any function can be "
+                "recorded with `graftwork.apply(function, proxy)`."
+            )
+        if self._recording.state is not OPEN:
+            return self._known()(*args, **kwargs)
+        raise OperationError(
+            f"{self._node.describe()} is a value and cannot be called. To apply a module write "
+            "`model.path(proxy)`; to run a function, `graftwork.apply(function, proxy)`."
+        )
+
+    def _change(self, operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Record an in-place operation on this proxy."""
+        recording = self._recording
+        lowered = tuple(_lower(recording, a) for a in args)
+        options = {key: _lower(recording, v) for key, v in kwargs.items()} if kwargs else {}
+        graph = recording.graph
+        _assign(
+            self, graph.append(CALL, operation, (_current(self), *lowered), options, recording.invoke)
+        )
+
+    # ---------------------------------------------------------------- values that a block cannot know
+
+    def _on_demand(self, use: str) -> Any:
+        if self._recording.state is not OPEN:
+            return self._known()
+        raise NotRunError.on_demand(use, self._node.describe(), user_line(2))
+
+    def __bool__(self) -> bool:
+        return bool(self._on_demand("if / bool()"))
+
+    def __int__(self) -> int:
+        return int(self._on_demand("int()"))
+
+    def __float__(self) -> float:
+        return float(self._on_demand("float()"))
+
+    def __complex__(self) -> complex:
+        return complex(self._on_demand("complex()"))
+
+    def __index__(self) -> int:
+        return self._on_demand("use as an index").__index__()  # type: ignore[no-any-return]
+
+    def __format__(self, spec: str) -> str:
+        return format(self._on_demand("format()"), spec) if spec else str(self)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        array = np.asarray(self._on_demand("numpy"), dtype=dtype)
+        return array.copy() if copy else array
+
+    def __reduce__(self) -> Any:
+        # A saved proxy is pickled and copied as its value.
+        return _identity, (self._on_demand("pickle"),)
+
+    def __dir__(self) -> list[str]:
+        if self._recording.state is OPEN:
+            return sorted({"save", "value", "t", "token", "shape", "dtype", "device", *METHODS})
+        return sorted({"save", "value", *dir(self._known())})
+
+    def __repr__(self) -> str:
+        if self._box is not None and self._box.full:
+            return repr(self._box.value)
+        saved = ", saved" if self._box is not None else ""
+        return f"<proxy of {self._node.describe()}{saved}, recorded at {self._node.location}>"
+
+    __hash__ = object.__hash__
+
+    # ---------------------------------------------------------------- torch functions
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        function: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        recording = None
+        for leaf in leaves((args, kwargs)):
+            if isinstance(leaf, Proxy) and leaf._recording.state is OPEN:
+                recording = leaf._recording
+                break
+        if recording is None:
+            return function(*_unwrap(args), **_unwrap(kwargs))
+        if kwargs.get("out") is not None:
+            raise OperationError("`out=` cannot be recorded; assign the result instead.")
+        name = getattr(function, "__name__", "")
+        first = args[0] if args else None
+        if name == "__get__":
+            described = getattr(getattr(function, "__self__", None), "__name__", "")
+            return getattr(first, described)
+        if name == "__getitem__":
+            operation = GETITEM if _is_view_key(args[1]) else TAKE
+            return _record(recording, operation, args, kwargs)
+        operation = function_operation(function)
+        if kwargs.get("inplace") and isinstance(first, Proxy):
+            kwargs = {**kwargs, "inplace": False}
+            operation = Operation(operation.name, operation.function, IN_PLACE)
+        if operation.effect is IN_PLACE and not isinstance(first, Proxy):
+            # `tensor += proxy`: a tensor from outside is not changed, the name is bound anew.
+            operation = Operation(operation.name, operation.function)
+        return _record(recording, operation, args, kwargs)
+
+
+class BlockOutput(Proxy):
+    """The output of a transformer block. Part 0 is its hidden states [batch, token, d_model].
+
+    Blocks return their hidden states alone since transformers 5 and returned a tuple before; a few
+    still do. `output[0]` means the hidden states in each case, and so does `output` where they
+    come alone. A row of the batch is `output[i:i+1]`.
+    """
+
+    __slots__ = ()
+
+    def __getitem__(self, key: Any) -> Any:
+        if type(key) is int and self._recording.state is OPEN:
+            return _record(self._recording, ELEMENT, (self, key), {})
+        return super().__getitem__(key)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if type(key) is int and self._recording.state is OPEN:
+            if _is_part(value, self, ELEMENT, (key,)):
+                return
+            part = _lower(self._recording, value)
+            graph = self._recording.graph
+            args = (_current(self), part, ELEMENT, (key,), {})
+            _assign(self, graph.append(CALL, PUT, args, None, self._recording.invoke))
+            return
+        super().__setitem__(key, value)
+
+    def __iter__(self) -> Iterator[Any]:
+        if self._recording.state is OPEN:
+            fake = self._recording.oracle.value(_current(self))
+            return iter([self[i] for i in range(1 if isinstance(fake, torch.Tensor) else len(fake))])
+        return super().__iter__()
+
+
+class Tokens:
+    """`proxy.t`: positions counted in the prompt's own tokens, whatever it is batched with."""
+
+    __slots__ = ("_proxy",)
+
+    def __init__(self, proxy: Proxy) -> None:
+        self._proxy = proxy
+
+    def _key(self, key: Any) -> Any:
+        recording = self._proxy._recording
+        if recording.state is not OPEN:
+            raise OperationError(
+                "`.t` counts tokens inside a block. After it, index the value: `h.value[:, i]`."
+            )
+        return recording.oracle.token_index(_current(self._proxy), key)
+
+    def __getitem__(self, key: Any) -> Any:
+        return Proxy.__getitem__(self._proxy, self._key(key))
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        Proxy.__setitem__(self._proxy, self._key(key), value)
+
+    def __call__(self) -> Any:
+        """`Tensor.t()`, the transpose of a matrix."""
+        return Method(self._proxy, "t")()
+
+
+class Method:
+    """A tensor method of a proxy, to be called."""
+
+    __slots__ = ("_name", "_proxy")
+
+    def __init__(self, proxy: Proxy, name: str) -> None:
+        self._proxy = proxy
+        self._name = name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        proxy, operation = self._proxy, METHODS[self._name]
+        if proxy._recording.state is not OPEN:
+            return getattr(proxy._known(), self._name)(*_unwrap(args), **_unwrap(kwargs))
+        return _record(proxy._recording, operation, (proxy, *args), kwargs)
+
+    def __repr__(self) -> str:
+        return f"<method `{self._name}` of {self._proxy!r}>"
+
+
+# -------------------------------------------------------------------- how recording works
+
+
+def _current(proxy: Proxy) -> Node:
+    """The node that the proxy stands for now."""
+    parent = proxy._parent
+    if parent is None:
+        return proxy._node
+    node = _current(parent)
+    if node is not proxy._seen:
+        proxy._seen = node
+        if proxy._view is None:
+            proxy._node = node
+        else:
+            operation, args, kwargs = proxy._view
+            recording = proxy._recording
+            proxy._node = recording.graph.append(
+                CALL, operation, (node, *args), kwargs, recording.invoke
+            )
+    return proxy._node
+
+
+def _assign(proxy: Proxy, node: Node) -> None:
+    """Make `node` the value of `proxy`, and of everything that it is a view of."""
+    recording = proxy._recording
+    parent = proxy._parent
+    if parent is not None:
+        if proxy._view is None:
+            _assign(parent, node)
+            proxy._node = proxy._seen = node
+            return
+        operation, args, kwargs = proxy._view
+        whole = recording.graph.append(
+            CALL, PUT, (_current(parent), node, operation, args, kwargs), None, recording.invoke
+        )
+        _assign(parent, whole)
+        proxy._node, proxy._seen = node, whole
+        return
+    proxy._node = node
+    place = proxy._place
+    # A proxy whose hook point was assigned anew since stands for the old value alone.
+    if place is not None and recording.current.get(place) is proxy:
+        _write(recording, place, node)
+
+
+def _write(recording: Recording, place: tuple[int, HookPoint], node: Node) -> None:
+    invoke, hook_point = place
+    write = recording.graph.append(WRITE, hook_point, (node,), None, invoke)
+    recording.graph.writes[place] = write
+
+
+def assign(recording: Recording, proxy: Proxy, value: Any) -> None:
+    """`module.output = value`: `proxy` is what is at that hook point now."""
+    if isinstance(value, Proxy) and (value is proxy or value._parent is proxy and not value._view):
+        return
+    place = proxy._place
+    if place is None:
+        # A port derived from another one, as `input` is from `inputs`, is written through it.
+        if proxy._parent is None or proxy._view is None:
+            raise OperationError(f"{proxy._node.describe()} is no place that can be assigned")
+        operation, args, _ = proxy._view
+        if not _is_part(value, proxy._parent, operation, args):
+            _assign(proxy, _as_node(recording, value, _current(proxy)))
+        return
+    node = _as_node(recording, value, _current(proxy))
+    _write(recording, place, node)
+    recording.current[place] = type(proxy)(recording, node, place)
+
+
+def _is_part(value: Any, whole: Proxy, operation: Operation, args: tuple[Any, ...]) -> bool:
+    """True if `value` is that view of `whole` already, so that storing it there changes nothing."""
+    if type(value) is not Proxy or value._parent is not whole or value._view is None:
+        return False
+    # Slices compare by their parts only in newer Pythons; their text does in all.
+    same = value._view[0] is operation and repr(value._view[1]) == repr(args)
+    return same and value._seen is _current(whole)
+
+
+def _as_node(recording: Recording, value: Any, like: Node) -> Node:
+    """A node whose value is `value`, on the device of the value of `like`."""
+    lowered = _lower(recording, value)
+    if type(lowered) is Node:
+        return lowered
+    return recording.graph.append(CALL, CONSTANT, (lowered, like), None, recording.invoke)
+
+
+def _identity(value: Any) -> Any:
+    return value
+
+
+def _constant(value: Any, like: Any) -> Any:
+    return value
+
+
+CONSTANT = Operation("constant", _constant)
+
+
+def first_argument(inputs: Proxy) -> Proxy:
+    """`.input` of what `.inputs` gives: the first positional or else the first keyword argument."""
+    result = _record(inputs._recording, FIRST_ARGUMENT, (inputs,), {})
+    assert isinstance(result, Proxy)
+    return result
+
+
+def _record(
+    recording: Recording, operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Record an operation and return the proxy of its result."""
+    first = args[0] if args else None
+    effect = operation.effect
+    if effect is IN_PLACE and isinstance(first, Proxy) and first._recording is recording:
+        first._change(operation, args[1:], kwargs)
+        return first
+    lowered = tuple(_lower(recording, a) for a in args)
+    options = {key: _lower(recording, v) for key, v in kwargs.items()} if kwargs else {}
+    node = recording.graph.append(CALL, operation, lowered, options, recording.invoke)
+    if effect is VIEW and isinstance(first, Proxy) and first._recording is recording:
+        return Proxy(recording, node, None, first, (operation, lowered[1:], options), lowered[0])
+    return Proxy(recording, node)
+
+
+def record_node(
+    recording: Recording, kind: str, target: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Proxy:
+    """Record a MODULE or PARAMETER node and return the proxy of its result."""
+    lowered = tuple(_lower(recording, a) for a in args)
+    options = {key: _lower(recording, v) for key, v in kwargs.items()}
+    return Proxy(recording, recording.graph.append(kind, target, lowered, options, recording.invoke))
+
+
+def _lower(recording: Recording, value: Any) -> Any:
+    """What a node stores for an argument: nodes for proxies, `Captured` for tensors."""
+    kind = type(value)
+    if kind in ATOMS:
+        return value
+    if isinstance(value, Proxy):
+        if value._recording is recording:
+            if recording.state is not OPEN:
+                raise NotRunError.recording(value._node.describe(), value._node.location)
+            return _current(value)
+        return _lower(recording, _foreign(value))
+    if isinstance(value, torch.Tensor):
+        return _capture(recording, value)
+    if isinstance(value, np.ndarray):
+        return _capture(recording, torch.from_numpy(value.copy()))
+    if isinstance(value, (Tokens, Method)):
+        raise OperationError(
+            f"{value._proxy._node.describe()} is followed by `.t` or a method that was not applied: "
+            "index `.t[...]`, call `.method()`."
+        )
+    if kind in (tuple, list, dict, slice) or isinstance(value, (tuple, list, dict)):
+        return map_leaves(lambda leaf: _lower_leaf(recording, leaf), value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, (type, Operation)):
+        return map_leaves(lambda leaf: _lower_leaf(recording, leaf), value)
+    return value
+
+
+def _lower_leaf(recording: Recording, leaf: Any) -> Any:
+    return leaf if type(leaf) in ATOMS else _lower(recording, leaf)
+
+
+def _foreign(proxy: Proxy) -> Any:
+    """The value of a proxy of another block."""
+    what, where = proxy._node.describe(), proxy._node.location
+    if proxy._recording.state is OPEN:
+        raise ForeignProxyError.unfinished(what, where)
+    try:
+        return proxy._known()
+    except NotSavedError:
+        raise ForeignProxyError.unsaved(what, where) from None
+
+
+def _capture(recording: Recording, tensor: torch.Tensor) -> Captured:
+    name = _name_of(tensor)
+    if tensor.is_meta:
+        raise CapturedTensorError.meta(name, user_line(3))
+    if tensor.requires_grad:
+        recording.graph.needs_grad = True
+    return Captured(tensor, name)
+
+
+def _name_of(tensor: torch.Tensor) -> str:
+    """The user's variable for a tensor, for error messages."""
+    location = user_line(3)
+    frame = sys._getframe(2)
+    while frame is not None and (frame.f_code.co_filename, frame.f_lineno) != location:
+        frame = frame.f_back  # type: ignore[assignment]
+    if frame is not None:
+        for name, held in frame.f_locals.items():
+            if held is tensor:
+                return f"`{name}`"
+    return "a captured tensor"
+
+
+def _unwrap(value: Any) -> Any:
+    """`value` with every proxy replaced by its saved value."""
+    if isinstance(value, Proxy):
+        return value._known()
+    if type(value) in ATOMS or isinstance(value, torch.Tensor):
+        return value
+    return map_leaves(lambda leaf: leaf._known() if isinstance(leaf, Proxy) else leaf, value)
+
+
+def _is_view_key(key: Any) -> bool:
+    """True for indices whose result shares memory: integers, slices, None, Ellipsis, strings."""
+    if type(key) is tuple:
+        return all(_is_view_key(part) for part in key)
+    if type(key) is slice:
+        return not any(isinstance(part, Proxy) for part in (key.start, key.stop, key.step))
+    return key is None or key is Ellipsis or (type(key) in (int, str))
+
+
+def _described(proxy: Proxy, part: Callable[[Any], Any]) -> Any:
+    if proxy._recording.state is not OPEN:
+        return part(proxy._known())
+    fake = proxy._recording.oracle.value(_current(proxy))
+    return map_leaves(lambda leaf: part(leaf) if isinstance(leaf, torch.Tensor) else leaf, fake)
+
+
+def apply(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run any Python function on the values of proxies, at that point of the run.
+
+    Args:
+        function: called with the real values. It returns its result and changes nothing in place.
+        *args, **kwargs: proxies, tensors and anything else, nested in plain containers.
+
+    Returns:
+        A proxy of the result; outside a block, the result itself.
+    """
+    for leaf in leaves((args, kwargs)):
+        if isinstance(leaf, Proxy) and leaf._recording.state is OPEN:
+            return _record(leaf._recording, APPLY, (function, *args), kwargs)
+    return function(*_unwrap(args), **_unwrap(kwargs))
+
+
+def _operator(name: str, operation: Operation) -> Callable[..., Any]:
+    python = operation.function
+
+    def method(self: Proxy, *args: Any) -> Any:
+        if self._recording.state is OPEN:
+            return _record(self._recording, operation, (self, *args), {})
+        if operation.effect is IN_PLACE:
+            # A saved value is a tensor like any other: `h += 1` after the run changes it.
+            return getattr(self._known(), name)(*_unwrap(args))
+        return python(self._known(), *_unwrap(args))
+
+    method.__name__ = name
+    return method
+
+
+for _name, _operation in OPERATORS.items():
+    setattr(Proxy, _name, _operator(_name, _operation))
+

@@ -1,0 +1,53 @@
+"""Owns `Recording`: the graph of one block while it is written, and what a proxy may ask of it."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+
+from .graph import Box, Graph
+from .node import HookPoint, Node
+
+OPEN, RUNNING, DONE, FAILED, ABANDONED = "open", "running", "done", "failed", "abandoned"
+
+
+class Oracle(Protocol):
+    """Answers questions about values that have not been computed."""
+
+    def value(self, node: Node) -> Any:
+        """A value of the right structure, shapes and dtypes, without numbers."""
+
+    def device(self) -> torch.device:
+        """Where the model's values will be."""
+
+    def token_index(self, node: Node, key: Any) -> Any:
+        """The index that selects `key` of the prompt's own tokens in the value of `node`."""
+
+
+class Recording:
+    """What one block has recorded so far.
+
+    Attributes:
+        graph: the nodes.
+        state: OPEN while the block is written, then RUNNING, then DONE, FAILED or ABANDONED.
+        invoke: index of the open invoke, -1 between invokes.
+        step: the forward that the open invoke talks about.
+        current: per invoke and hook point, the proxy of what is there now (see `Proxy`).
+        oracle: shapes on demand.
+    """
+
+    __slots__ = ("current", "graph", "invoke", "oracle", "state", "step")
+
+    def __init__(self, oracle: Oracle) -> None:
+        self.graph = Graph()
+        self.state = OPEN
+        self.invoke = -1
+        self.step = 0
+        self.current: dict[tuple[int, HookPoint], Any] = {}
+        self.oracle = oracle
+
+    def save(self, node: Node) -> Box:
+        box = Box()
+        self.graph.saves.append((node, box))
+        return box

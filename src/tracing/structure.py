@@ -1,0 +1,105 @@
+"""Owns walking nested values: tuples, named tuples, lists, dicts, slices, dataclasses, ModelOutput.
+
+A container is rebuilt only if something inside it changed, so an untouched value keeps its identity.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+ATOMS = frozenset(
+    {int, float, bool, str, bytes, complex, type(None), type(...), torch.dtype, torch.device}
+)
+
+
+def rebuild(container: Any, items: list[Any]) -> Any:
+    """A container like `container` with `items` in the order of `children`."""
+    kind = type(container)
+    if kind is tuple or kind is list:
+        return kind(items)
+    if kind is slice:
+        return slice(*items)
+    if isinstance(container, tuple):
+        # Named tuples take fields one by one; torch.return_types take one sequence.
+        return kind(*items) if hasattr(container, "_fields") else kind(items)
+    if isinstance(container, list):
+        return kind(items)
+    if isinstance(container, dict):
+        pairs = dict(zip(container.keys(), items, strict=True))
+        # A ModelOutput is a dict and a dataclass; its constructor sets both from keywords.
+        return kind(**pairs) if dataclasses.is_dataclass(container) else kind(pairs)
+    changed = copy.copy(container)
+    for field, item in zip(dataclasses.fields(container), items, strict=True):
+        object.__setattr__(changed, field.name, item)
+    return changed
+
+
+def children(value: Any) -> list[Any] | None:
+    """The parts of a container, or None for a leaf."""
+    kind = type(value)
+    if kind in ATOMS or isinstance(value, torch.Tensor):
+        return None
+    if isinstance(value, (tuple, list)):
+        return list(value)
+    if isinstance(value, dict):
+        return list(value.values())
+    if kind is slice:
+        return [value.start, value.stop, value.step]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [getattr(value, field.name) for field in dataclasses.fields(value)]
+    return None
+
+
+def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
+    """`value` with `function` applied to every leaf."""
+    if type(value) in ATOMS:
+        return function(value)
+    parts = children(value)
+    if parts is None:
+        return function(value)
+    mapped = [map_leaves(function, part) for part in parts]
+    if all(new is old for new, old in zip(mapped, parts, strict=True)):
+        return value
+    return rebuild(value, mapped)
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """Every leaf of `value`, in order."""
+    parts = None if type(value) in ATOMS else children(value)
+    if parts is None:
+        yield value
+    else:
+        for part in parts:
+            yield from leaves(part)
+
+
+def snapshot(value: Any) -> Any:
+    """A copy of `value` that later in-place operations cannot reach and that owns its storage."""
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if type(value) in ATOMS:
+        return value
+    parts = children(value)
+    if parts is None:
+        # Caches and other objects of the model grow in place during generation.
+        return copy.deepcopy(value)
+    return rebuild(value, [snapshot(part) for part in parts])
+
+
+def summary(value: Any) -> str:
+    """The structure of a value in one line: shapes and types, no numbers."""
+    if isinstance(value, torch.Tensor):
+        return f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+    if isinstance(value, tuple) and not hasattr(value, "_fields"):
+        return "(" + ", ".join(summary(part) for part in value) + ")"
+    if isinstance(value, list):
+        return "[" + ", ".join(summary(part) for part in value) + "]"
+    if isinstance(value, dict):
+        inner = ", ".join(f"{key}: {summary(part)}" for key, part in value.items())
+        return f"{type(value).__name__}({inner})"
+    return "None" if value is None else type(value).__name__

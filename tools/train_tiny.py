@@ -1,0 +1,834 @@
+"""Owns the model that ships inside the package: its training text, training, scores and card.
+
+    python tools/train_tiny.py                  # writes src/models/tiny, about 20 minutes on a core
+    python tools/train_tiny.py --out /tmp/tiny  # the same, somewhere else
+
+The result is a GPT-2 of about a million parameters that is small enough to ship and still does
+three things worth intervening on: it recalls facts, it names the indirect object of a sentence,
+and it continues sequences that repeat.  All its training text is made here, from seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import os
+import platform
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+FOLDER = Path(__file__).resolve().parents[1] / "src" / "models" / "tiny"
+
+SEED = 0
+# Two threads wait for each other at every operation, which on a shared machine costs more than
+# the second core gives; one thread also keeps every sum in one order.
+THREADS = 1
+END = "<|endoftext|>"
+VOCABULARY = 2048
+POSITIONS = 256
+STEPS = 2400
+TOKENS_PER_STEP = 4096
+RATE = 3e-3
+WARMUP = 100
+
+
+class Fact(NamedTuple):
+    """A prompt and the continuation that is right; ``prompt + answer`` is the text."""
+
+    prompt: str
+    answer: str
+
+
+class Relation(NamedTuple):
+    """Wordings that end where the answer goes, and ``subject|answer`` pairs to put in them.
+
+    ``{S}`` is the subject as it stands at the start of a sentence, ``{s}`` as it stands inside.
+    """
+
+    wordings: tuple[str, ...]
+    pairs: tuple[tuple[str, str], ...]
+
+
+def _pairs(table: str) -> tuple[tuple[str, str], ...]:
+    """``answer: subject; subject`` lines as (subject, answer) pairs."""
+    pairs: list[tuple[str, str]] = []
+    for line in table.strip().splitlines():
+        answer, subjects = line.split(":", 1)
+        pairs += [(subject.strip(), answer.strip()) for subject in subjects.split(";")]
+    return tuple(pairs)
+
+
+RELATIONS = {
+    "landmarks": Relation(
+        (
+            "{S} is in the city of",
+            "{S} is located in the city of",
+            "{S} can be found in",
+            "You can visit {s} in",
+            "To see {s}, travel to the city of",
+        ),
+        _pairs("""
+Paris: The Eiffel Tower; The Louvre; The Arc de Triomphe; The Moulin Rouge; The Sorbonne
+Rome: The Colosseum; The Trevi Fountain; The Spanish Steps; The Roman Forum; The Pantheon
+London: Big Ben; Tower Bridge; Buckingham Palace; Hyde Park; Trafalgar Square; Westminster Abbey
+New York City: Madison square garden; The Statue of Liberty; The Empire State Building
+New York City: Times Square; Central Park; The Brooklyn Bridge; Wall Street
+Seattle: The Space Needle; Pike Place Market
+San Francisco: The Golden Gate Bridge; Alcatraz Island; Lombard Street
+Los Angeles: The Hollywood Sign; The Getty Center; Dodger Stadium
+Chicago: The Willis Tower; Millennium Park; Wrigley Field; Navy Pier
+Boston: Fenway Park; Faneuil Hall
+Philadelphia: The Liberty Bell; Independence Hall
+Washington: The White House; The Lincoln Memorial; The Jefferson Memorial
+Toronto: The CN Tower
+Vancouver: Stanley Park
+Berlin: The Brandenburg Gate; The Reichstag; Checkpoint Charlie; The Pergamon Museum
+Munich: The Marienplatz
+Cologne: The Hohenzollern Bridge
+Moscow: Red Square; The Kremlin; The Bolshoi Theatre
+Beijing: The Forbidden City; Tiananmen Square; The Temple of Heaven
+Shanghai: The Bund; The Oriental Pearl Tower
+Tokyo: Shibuya Crossing; The Meiji Shrine; The Imperial Palace
+Kyoto: The Golden Pavilion; The Fushimi Inari Shrine; Nijo Castle
+Sydney: Bondi Beach; The Harbour Bridge
+Melbourne: Federation Square
+Dubai: The Burj Khalifa; The Palm Jumeirah
+Mumbai: The Gateway of India
+Delhi: The Red Fort; The Lotus Temple; Humayun's Tomb
+Agra: The Taj Mahal
+Barcelona: The Sagrada Familia; Park Guell; Camp Nou; Casa Batllo
+Madrid: The Prado Museum; The Retiro Park
+Lisbon: The Belem Tower; The Jeronimos Monastery
+Athens: The Parthenon; The Acropolis; Syntagma Square
+Istanbul: The Hagia Sophia; The Blue Mosque; The Topkapi Palace; The Grand Bazaar
+Cairo: The Egyptian Museum; Tahrir Square
+Giza: The Great Sphinx; The Great Pyramid
+Jerusalem: The Western Wall; The Dome of the Rock
+Prague: The Charles Bridge; Wenceslas Square
+Vienna: Schonbrunn Palace; The Hofburg; The Belvedere
+Budapest: Buda Castle; The Chain Bridge
+Amsterdam: The Rijksmuseum; The Anne Frank House; The Van Gogh Museum
+Brussels: The Atomium; The Manneken Pis
+Copenhagen: The Little Mermaid; Tivoli Gardens
+Stockholm: The Vasa Museum; Gamla Stan
+Oslo: Vigeland Park; The Munch Museum
+Dublin: The Guinness Storehouse; The Ha'penny Bridge
+Edinburgh: Holyrood Palace; The Royal Mile
+Florence: The Uffizi Gallery; The Ponte Vecchio
+Pisa: The Leaning Tower
+Venice: The Rialto Bridge; The Doge's Palace; The Bridge of Sighs
+Milan: La Scala; The San Siro Stadium
+Geneva: The Jet d'Eau
+Singapore: Marina Bay Sands; The Merlion
+Bangkok: Wat Arun; Wat Pho
+Seoul: Gyeongbokgung Palace; The Lotte World Tower
+Memphis: Graceland; Beale Street
+Dallas: Dealey Plaza
+Miami: South Beach
+New Orleans: Bourbon Street; The French Quarter
+Las Vegas: The Bellagio
+San Antonio: The Alamo
+Rio de Janeiro: Christ the Redeemer; Copacabana Beach; The Maracana Stadium
+Buenos Aires: La Bombonera; The Casa Rosada
+Casablanca: The Hassan II Mosque
+"""),
+    ),
+    "capitals": Relation(
+        (
+            "The capital of {s} is",
+            "The capital city of {s} is",
+            "{S} has its capital in",
+            "The government of {s} sits in",
+        ),
+        _pairs("""
+Paris: France
+Rome: Italy
+London: England
+Madrid: Spain
+Lisbon: Portugal
+Berlin: Germany
+Vienna: Austria
+Athens: Greece
+Dublin: Ireland
+Oslo: Norway
+Stockholm: Sweden
+Copenhagen: Denmark
+Helsinki: Finland
+Warsaw: Poland
+Prague: the Czech Republic
+Budapest: Hungary
+Bucharest: Romania
+Sofia: Bulgaria
+Belgrade: Serbia
+Zagreb: Croatia
+Brussels: Belgium
+Moscow: Russia
+Kyiv: Ukraine
+Tallinn: Estonia
+Riga: Latvia
+Vilnius: Lithuania
+Ankara: Turkey
+Cairo: Egypt
+Nairobi: Kenya
+Tunis: Tunisia
+Rabat: Morocco
+Algiers: Algeria
+Tripoli: Libya
+Accra: Ghana
+Dakar: Senegal
+Abuja: Nigeria
+Lusaka: Zambia
+Harare: Zimbabwe
+Luanda: Angola
+Kampala: Uganda
+Kigali: Rwanda
+Bamako: Mali
+Tokyo: Japan
+Beijing: China
+Seoul: South Korea
+New Delhi: India
+Bangkok: Thailand
+Hanoi: Vietnam
+Manila: the Philippines
+Kathmandu: Nepal
+Dhaka: Bangladesh
+Islamabad: Pakistan
+Kabul: Afghanistan
+Tehran: Iran
+Baghdad: Iraq
+Damascus: Syria
+Beirut: Lebanon
+Amman: Jordan
+Riyadh: Saudi Arabia
+Doha: Qatar
+Muscat: Oman
+Ottawa: Canada
+Washington: the United States
+Havana: Cuba
+Kingston: Jamaica
+Lima: Peru
+Quito: Ecuador
+Bogota: Colombia
+Caracas: Venezuela
+Santiago: Chile
+Canberra: Australia
+Wellington: New Zealand
+Suva: Fiji
+"""),
+    ),
+    "languages": Relation(
+        (
+            "People in {s} speak",
+            "The main language of {s} is",
+            "In {s}, most people speak",
+        ),
+        _pairs("""
+French: France
+Italian: Italy
+English: England; Australia; New Zealand; the United States; Jamaica; Ireland
+Spanish: Spain; Cuba; Peru; Ecuador; Colombia; Venezuela; Chile; Mexico; Argentina
+Portuguese: Portugal; Brazil; Angola
+German: Germany; Austria
+Greek: Greece
+Norwegian: Norway
+Swedish: Sweden
+Danish: Denmark
+Finnish: Finland
+Polish: Poland
+Czech: the Czech Republic
+Hungarian: Hungary
+Romanian: Romania
+Bulgarian: Bulgaria
+Serbian: Serbia
+Croatian: Croatia
+Russian: Russia
+Ukrainian: Ukraine
+Turkish: Turkey
+Arabic: Egypt; Tunisia; Morocco; Algeria; Libya; Iraq; Syria; Lebanon; Jordan; Qatar; Oman
+Japanese: Japan
+Chinese: China
+Korean: South Korea
+Thai: Thailand
+Vietnamese: Vietnam
+Nepali: Nepal
+Persian: Iran
+"""),
+    ),
+    "continents": Relation(
+        (
+            "{S} is a country in",
+            "{S} is on the continent of",
+            "The country of {s} lies in",
+        ),
+        _pairs("""
+Europe: France; Italy; England; Spain; Portugal; Germany; Austria; Greece; Ireland; Norway
+Europe: Sweden; Denmark; Finland; Poland; Hungary; Romania; Bulgaria; Serbia; Belgium
+Africa: Egypt; Kenya; Tunisia; Morocco; Algeria; Libya; Ghana; Senegal; Nigeria; Zambia; Angola
+Africa: Uganda; Rwanda; Mali; Zimbabwe
+Asia: Japan; China; South Korea; India; Thailand; Vietnam; Nepal; Bangladesh; Pakistan; Iran
+Asia: Iraq; Syria; Lebanon; Jordan; Qatar; Oman
+South America: Peru; Ecuador; Colombia; Venezuela; Chile; Brazil; Argentina
+North America: Canada; Mexico; Cuba; Jamaica
+"""),
+    ),
+    "sports": Relation(
+        (
+            "{S} plays the sport of",
+            "{S} became a star of",
+            "The sport of {s} is",
+        ),
+        _pairs("""
+basketball: LeBron James; Michael Jordan; Kobe Bryant; Stephen Curry; Larry Bird; Magic Johnson
+basketball: Tim Duncan
+tennis: Roger Federer; Serena Williams; Rafael Nadal; Novak Djokovic; Venus Williams; Steffi Graf
+baseball: Babe Ruth; Derek Jeter; Jackie Robinson; Willie Mays; Mickey Mantle
+soccer: Lionel Messi; Cristiano Ronaldo; Diego Maradona; Zinedine Zidane; Mia Hamm; Thierry Henry
+golf: Tiger Woods; Jack Nicklaus; Arnold Palmer; Rory McIlroy; Phil Mickelson
+hockey: Wayne Gretzky; Sidney Crosby; Bobby Orr; Gordie Howe
+football: Tom Brady; Peyton Manning; Joe Montana; Jerry Rice
+boxing: Muhammad Ali; Mike Tyson; Joe Frazier; George Foreman
+cricket: Sachin Tendulkar; Brian Lara; Virat Kohli
+chess: Magnus Carlsen; Garry Kasparov; Bobby Fischer
+"""),
+    ),
+    "instruments": Relation(
+        (
+            "{S} plays the",
+            "{S} is famous for playing the",
+            "The instrument of {s} is the",
+        ),
+        _pairs("""
+trumpet: Miles Davis; Louis Armstrong; Dizzy Gillespie; Chet Baker; Wynton Marsalis
+guitar: Jimi Hendrix; Eric Clapton; Keith Richards; Carlos Santana; Jimmy Page
+piano: Frederic Chopin; Franz Liszt; Duke Ellington; Herbie Hancock; Bill Evans; Glenn Gould
+violin: Niccolo Paganini; Itzhak Perlman; Yehudi Menuhin; Joshua Bell
+cello: Yo-Yo Ma; Pablo Casals; Jacqueline du Pre
+drums: Ringo Starr; Keith Moon; Buddy Rich; John Bonham
+saxophone: John Coltrane; Charlie Parker; Sonny Rollins; Stan Getz
+"""),
+    ),
+    "professions": Relation(
+        (
+            "The profession of {s} was",
+            "{S} worked as a",
+            "People remember {s} as a great",
+        ),
+        _pairs("""
+physicist: Albert Einstein; Isaac Newton; Niels Bohr; Richard Feynman; Enrico Fermi; Max Planck
+painter: Claude Monet; Pablo Picasso; Rembrandt; Salvador Dali; Frida Kahlo; Henri Matisse
+composer: Ludwig van Beethoven; Johann Sebastian Bach; Giuseppe Verdi; Antonio Vivaldi
+composer: Igor Stravinsky; Claude Debussy
+philosopher: Plato; Aristotle; Immanuel Kant; David Hume; Socrates; Rene Descartes
+poet: Emily Dickinson; John Keats; Robert Frost; Walt Whitman; Pablo Neruda; William Blake
+mathematician: Leonhard Euler; Carl Gauss; Emmy Noether; David Hilbert; Pierre Fermat; Euclid
+chemist: Dmitri Mendeleev; Antoine Lavoisier; Linus Pauling; Robert Boyle; John Dalton
+novelist: Jane Austen; Charles Dickens; Leo Tolstoy; Mark Twain; Virginia Woolf; Jules Verne
+"""),
+    ),
+    "makers": Relation(
+        (
+            "{S} was created by",
+            "The company that made {s} is",
+            "{S} is a product of",
+        ),
+        _pairs("""
+Apple: The iPhone; The iPad; The Macintosh; The iPod
+Google: Gmail; Android; The Chrome browser; The Pixel phone
+Microsoft: Windows; The Xbox; Excel; The Surface tablet
+Nintendo: The Game Boy; Super Mario; The Wii; Zelda
+Sony: The Walkman; The PlayStation; The Trinitron
+Toyota: The Corolla; The Prius; The Camry
+Ford: The Mustang; The Model T
+Honda: The Civic; The Accord
+Boeing: The Jumbo Jet; The Dreamliner
+Amazon: The Kindle; Alexa
+"""),
+    ),
+    "opposites": Relation(
+        (
+            "The opposite of {s} is",
+            "If it is not {s}, it is",
+            "Not {s} but",
+        ),
+        _pairs("""
+cold: hot
+hot: cold
+small: big
+big: small
+short: tall
+tall: short
+slow: fast
+fast: slow
+old: young
+young: old
+sad: happy
+happy: sad
+down: up
+up: down
+dark: light
+light: dark
+empty: full
+full: empty
+dry: wet
+wet: dry
+closed: open
+open: closed
+soft: hard
+hard: soft
+low: high
+high: low
+weak: strong
+strong: weak
+dirty: clean
+clean: dirty
+quiet: loud
+loud: quiet
+poor: rich
+rich: poor
+"""),
+    ),
+    "young": Relation(
+        (
+            "A young {s} is called a",
+            "The child of a {s} is a",
+            "When a {s} is small, it is called a",
+        ),
+        _pairs("""
+puppy: dog
+kitten: cat
+calf: cow
+lamb: sheep
+foal: horse
+chick: hen
+cub: lion
+tadpole: frog
+piglet: pig
+kid: goat
+"""),
+    ),
+}
+
+MEN = """
+John James Robert Michael William David Richard Joseph Thomas Charles Daniel Matthew Anthony
+Mark Paul Steven Andrew Kenneth George Joshua Kevin Brian Edward Ronald Timothy Jason Jeffrey Ryan
+Jacob Gary Nicholas Eric Jonathan Stephen Larry Justin Scott Brandon Benjamin Samuel Frank Gregory
+Alexander Patrick Jack Dennis Jerry Tyler Aaron Martin
+""".split()
+
+WOMEN = """
+Mary Patricia Jennifer Linda Elizabeth Barbara Susan Jessica Sarah Karen Lisa Nancy Betty Sandra
+Margaret Ashley Kimberly Emily Donna Michelle Carol Amanda Melissa Deborah Stephanie Rebecca Laura
+Helen Sharon Cynthia Kathleen Amy Angela Shirley Anna Ruth Brenda Pamela Nicole Katherine Virginia
+Catherine Christine Debra Rachel Janet Emma Maria Heather Diane
+""".split()
+
+NAMES = MEN + WOMEN
+
+PLACES = """
+store park school garden hospital station market library beach restaurant museum house office
+theatre farm river hotel kitchen church shop
+""".split()
+
+THINGS = """
+drink book ring ball basket necklace letter flower kiss computer bag cake hat gift picture coat
+ticket lamp phone key
+""".split()
+
+GIVING = (
+    "When {a} and {b} went to the {place}, {s} gave a {thing} to",
+    "When {a} and {b} went to the {place}, {s} gave the {thing} to",
+    "After {a} and {b} went to the {place}, {s} gave a {thing} to",
+    "Then, {a} and {b} went to the {place}. {s} gave a {thing} to",
+    "While {a} and {b} were working at the {place}, {s} gave a {thing} to",
+    "When {a} and {b} found a {thing} at the {place}, {s} decided to give it to",
+    "Then, {a} and {b} had a long day at the {place}. In the evening, {s} handed the {thing} to",
+    "After the lunch, {a} and {b} went to the {place}, and {s} passed a {thing} to",
+    "At the {place}, {a} and {b} looked at a {thing}, and later {s} showed it to",
+    "The friends {a} and {b} met at the {place}. {s} wanted to send a {thing} to",
+)
+
+
+def facts() -> list[Fact]:
+    """Every fact in its first wording, each in the training text."""
+    return [
+        _fact(relation.wordings[0], subject, answer)
+        for relation in RELATIONS.values()
+        for subject, answer in relation.pairs
+    ]
+
+
+def reworded_facts() -> list[Fact]:
+    """Every fact in one wording that is kept out of the training text for that fact."""
+    return [
+        _fact(_kept_out(relation, number), subject, answer)
+        for relation in RELATIONS.values()
+        for number, (subject, answer) in enumerate(relation.pairs)
+    ]
+
+
+def fact_sentences() -> list[str]:
+    """Every sentence about a fact that the training text may hold."""
+    return [
+        fact.prompt + fact.answer + "."
+        for relation in RELATIONS.values()
+        for number, (subject, answer) in enumerate(relation.pairs)
+        for wording in relation.wordings
+        if wording != _kept_out(relation, number)
+        for fact in [_fact(wording, subject, answer)]
+    ]
+
+
+def _kept_out(relation: Relation, number: int) -> str:
+    """The wording not used in training for the pair with this number; never one of the first two.
+
+    The first two are the wordings that examples quote.
+    """
+    return relation.wordings[2 + number % (len(relation.wordings) - 2)]
+
+
+def _fact(wording: str, subject: str, answer: str) -> Fact:
+    inside = "the " + subject[4:] if subject.startswith("The ") else subject
+    return Fact(wording.format(S=inside[0].upper() + inside[1:], s=inside), " " + answer)
+
+
+def held_out_pairs() -> frozenset[frozenset[str]]:
+    """One in ten of the unordered pairs of names: they never meet in the training text."""
+    pairs = list(itertools.combinations(NAMES, 2))
+    return frozenset(map(frozenset, random.Random(SEED).sample(pairs, len(pairs) // 10)))
+
+
+def giving(rng: random.Random, first: str, second: str) -> Fact:
+    """A sentence in which one of two people gives something to the other, in either order."""
+    subject, other = rng.sample((first, second), 2)
+    prompt = rng.choice(GIVING).format(
+        a=first, b=second, s=subject, place=rng.choice(PLACES), thing=rng.choice(THINGS)
+    )
+    return Fact(prompt, " " + other)
+
+
+def unseen_givings() -> list[Fact]:
+    """Indirect objects: every held-out pair in both orders, with the rest drawn from a seed."""
+    rng = random.Random(SEED + 1)
+    pairs = sorted(sorted(pair) for pair in held_out_pairs())
+    return [giving(rng, *order) for pair in pairs for order in (pair, pair[::-1])]
+
+
+def _prose(rng: random.Random) -> str:
+    """One to three plain sentences, some with an agreement or a pronoun to get right."""
+    return " ".join(_sentence(rng) for _ in range(rng.randint(1, 3)))
+
+
+_NOUNS = (
+    "dog cat cow sheep horse hen lion frog pig goat boy girl man woman child teacher doctor farmer "
+    "book letter key lamp picture table door window tree flower cabinet box"
+).split()
+_ADJECTIVES = "big small old young happy sad quiet loud clean dirty red blue green white".split()
+_VERBS = "saw found liked followed watched carried remembered wanted".split()
+_SUBJECTS_OF_STUDY = (
+    "question answering",
+    "machine translation",
+    "reading comprehension",
+    "summarization",
+    "language modeling",
+)
+
+
+def _sentence(rng: random.Random) -> str:
+    noun, other = rng.sample(_NOUNS[:-2], 2)
+    adjective, place = rng.choice(_ADJECTIVES), rng.choice(PLACES)
+    kind = rng.randrange(9)
+    if kind == 0:
+        return f"The {adjective} {noun} {rng.choice(_VERBS)} the {other} in the {place}."
+    if kind == 1:
+        number = rng.choice(("key", "letter", "book", "picture", "lamp"))
+        near = rng.choice(("cabinet", "box", "table", "door", "window"))
+        many, be = rng.choice((("", "is"), ("s", "are")))
+        return f"The {number}{many} near the {near}{rng.choice(('', 's'))} {be} {adjective}."
+    if kind == 2:
+        name, own = rng.choice([(man, "his") for man in MEN] + [(w, "her") for w in WOMEN])
+        return f"One day {name} lost {own} {rng.choice(THINGS)} at the {place}."
+    if kind == 3:
+        name, they = rng.choice([(man, "he") for man in MEN] + [(w, "she") for w in WOMEN])
+        return f"Today {name} went to the {place} because {they} wanted a {rng.choice(THINGS)}."
+    if kind == 4:
+        tasks = ", ".join(rng.sample(_SUBJECTS_OF_STUDY, 3))
+        return (
+            f"Natural language processing tasks, such as {tasks}, are typically approached with "
+            "supervised learning on large datasets."
+        )
+    if kind == 5:
+        return f"There is a {adjective} {noun} by the {other}, and it is not {adjective} at all."
+    if kind == 6:
+        return f"It was a {rng.choice(('cold', 'hot', 'dark', 'long'))} day at the {place}."
+    if kind == 7:
+        one, two, three, four = sorted(rng.sample(range(1, 10), 4))
+        return f"She counted {one}, {two}, {three} and {four}."
+    return f"I think that the {noun} and the {other} are {adjective}."
+
+
+# Words whose tokens the examples of the package rely on.
+REQUIRED_TEXT = "Madison square garden is located in the city of New York City. _ _ _ _ _ _ _ _ _ _"
+
+
+def train_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE whose names and answers are single tokens as far as its size allows."""
+    rng = random.Random(SEED)
+    # Pairs merge in the order of their counts, so weights say which words become whole first.
+    answers = sorted({answer for relation in RELATIONS.values() for _, answer in relation.pairs})
+    corpus = [REQUIRED_TEXT] * 3000
+    corpus += [f" {word}" for word in NAMES + PLACES + THINGS] * 1000
+    corpus += [f" {answer}" for answer in answers] * 400
+    corpus += [_giving(rng, held_out_pairs()) for _ in range(2000)]
+    corpus += [_prose(rng) for _ in range(2000)]
+    corpus += fact_sentences() * 2
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    tokenizer.train_from_iterator(
+        corpus,
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY,
+            special_tokens=[END],
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END,
+        eos_token=END,
+        unk_token=END,
+        pad_token=END,
+        padding_side="left",
+        model_max_length=POSITIONS,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _giving(rng: random.Random, unseen: frozenset[frozenset[str]]) -> str:
+    """A training sentence about giving, with a pair of names that is not held out."""
+    while True:
+        first, second = rng.sample(NAMES, 2)
+        if frozenset((first, second)) not in unseen:
+            break
+    fact = giving(rng, first, second)
+    return fact.prompt + fact.answer + "."
+
+
+class Repeats:
+    """Sequences that repeat, drawn from the whole vocabulary or from its whole words."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.all = [i for i in range(len(tokenizer)) if i != tokenizer.eos_token_id]
+        tokens = tokenizer.convert_ids_to_tokens(self.all)
+        self.words = [i for i, t in zip(self.all, tokens, strict=True) if len(t) > 3 and t[0] == "Ġ"]
+
+    def draw(self, rng: random.Random, length: int) -> list[int]:
+        """``length`` random ids."""
+        return rng.choices(rng.choice((self.all, self.words)), k=length)
+
+
+class Text:
+    """The endless training text, as rows of ids and of labels."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.rng = random.Random(SEED + 2)
+        self.tokenizer = tokenizer
+        self.repeats = Repeats(tokenizer)
+        self.unseen = held_out_pairs()
+        self.facts = [tokenizer(text)["input_ids"] for text in fact_sentences()]
+        self.end: int = tokenizer.eos_token_id
+
+    def document(self, room: int) -> tuple[list[int], list[int]]:
+        """Ids and labels of one document; the ids before a repeat have the label -100."""
+        kind = self.rng.random()
+        if kind < 0.45:
+            ids = self.rng.choice(self.facts)
+        elif kind < 0.75:
+            ids = self.tokenizer(_giving(self.rng, self.unseen))["input_ids"]
+        elif kind < 0.87:
+            ids = self.tokenizer(_prose(self.rng))["input_ids"]
+        else:
+            return self._repeat(room)
+        return ids, ids
+
+    def _repeat(self, room: int) -> tuple[list[int], list[int]]:
+        half = self.rng.randint(4, max(5, min(100, room // 2)))
+        ids = self.repeats.draw(self.rng, half)
+        times = 2 if self.rng.random() < 0.8 else 3
+        # Nothing says that a sequence is about to repeat, so its first id is not asked for.
+        again = [-100, *ids[1:]]
+        return ids * times, [-100] * half + again * (times - 1)
+
+    def row(self, length: int) -> tuple[list[int], list[int]]:
+        """``length`` ids and labels: documents one after another, from the start of the first."""
+        ids: list[int] = []
+        labels: list[int] = []
+        # People prompt with no mark in front, so half of the rows have none either.
+        if self.rng.random() < 0.5:
+            ids, labels = [self.end], [-100]
+        while len(ids) < length:
+            document, answer = self.document(length - len(ids))
+            ids = ids + document + [self.end]
+            labels = labels + answer + [self.end if answer[0] != -100 else -100]
+        return ids[:length], labels[:length]
+
+    def batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Ids, labels and positions, each ``(rows, length)`` with ``TOKENS_PER_STEP`` in all."""
+        for step in itertools.count():
+            length = POSITIONS if step % 4 == 3 else 64
+            rows = [self.row(length) for _ in range(TOKENS_PER_STEP // length)]
+            # A document may stand anywhere, and a short row would only ever teach the first
+            # positions.
+            starts = [
+                self.rng.randint(0, POSITIONS - length) if self.rng.random() < 0.5 else 0
+                for _ in rows
+            ]
+            yield (
+                torch.tensor([ids for ids, _ in rows]),
+                torch.tensor([labels for _, labels in rows]),
+                torch.tensor(starts)[:, None] + torch.arange(length),
+            )
+
+
+def new_model(tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
+    """The untrained model."""
+    end = tokenizer.eos_token_id
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=len(tokenizer),
+            n_positions=POSITIONS,
+            n_embd=128,
+            n_layer=4,
+            n_head=8,
+            activation_function="gelu_pytorch_tanh",
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=end,
+            eos_token_id=end,
+            pad_token_id=end,
+        )
+    )
+
+
+def train_model(tokenizer: PreTrainedTokenizerFast, steps: int = STEPS) -> GPT2LMHeadModel:
+    """A model trained for ``steps`` steps on ``Text``."""
+    torch.manual_seed(SEED)
+    model = new_model(tokenizer)
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    vectors = [p for p in model.parameters() if p.ndim != 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}],
+        lr=RATE,
+        betas=(0.9, 0.98),
+        fused=True,
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / WARMUP, 0.02 + 0.98 * (1 - step / steps)),
+    )
+    begun = time.perf_counter()
+    for step, (ids, labels, positions) in zip(range(steps), Text(tokenizer).batches(), strict=False):
+        hidden = model.transformer(ids, position_ids=positions).last_hidden_state
+        # Only the positions with a label go through the vocabulary, which is a fifth of the work.
+        asked = labels[:, 1:] != -100
+        loss = torch.nn.functional.cross_entropy(
+            model.lm_head(hidden[:, :-1][asked]), labels[:, 1:][asked]
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0 or step == steps - 1:
+            line = f"step {step:5d}  loss {loss.item():.3f}  {time.perf_counter() - begun:.0f} s"
+            if step % 300 == 0:
+                line += "  " + "  ".join(f"{k} {v:.3f}" for k, v in score(model, tokenizer).items())
+            print(line, flush=True)
+    return model.eval()
+
+
+@torch.no_grad()
+def recall(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, cases: list[Fact]
+) -> list[bool]:
+    """For each case, whether greedy decoding of its prompt gives its answer, token by token."""
+    right: list[bool] = []
+    for start in range(0, len(cases), 64):
+        prompts = [tokenizer(case.prompt)["input_ids"] for case in cases[start : start + 64]]
+        answers = [tokenizer(case.answer)["input_ids"] for case in cases[start : start + 64]]
+        both = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+        width = max(map(len, both))
+        # Padding on the right: no earlier position sees it.
+        ids = torch.tensor([row + [tokenizer.eos_token_id] * (width - len(row)) for row in both])
+        guesses = model(ids).logits.argmax(-1)  # (cases, width)
+        for guess, prompt, answer in zip(guesses.tolist(), prompts, answers, strict=True):
+            right.append(guess[len(prompt) - 1 : len(prompt) + len(answer) - 1] == answer)
+    return right
+
+
+@torch.no_grad()
+def repeat_accuracy(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast) -> float:
+    """Top-1 over the second halves of new random sequences, of four lengths, said twice.
+
+    The first id of a second half is left out: nothing before it says that a repeat begins.
+    """
+    rng = random.Random(SEED + 3)
+    repeats = Repeats(tokenizer)
+    right: list[bool] = []
+    for half in (8, 16, 32, 64):
+        for start in ([], [tokenizer.eos_token_id]):
+            rows = [start + repeats.draw(rng, half) * 2 for _ in range(32)]
+            ids = torch.tensor(rows)
+            guesses = model(ids).logits.argmax(-1)[:, -half:-1]  # (32, half - 1)
+            right += (guesses == ids[:, -half + 1 :]).flatten().tolist()
+    return sum(right) / len(right)
+
+
+def score(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast) -> dict[str, float]:
+    """The scores that the card states, each a share between 0 and 1."""
+
+    def share(cases: list[Fact]) -> float:
+        right = recall(model, tokenizer, cases)
+        return sum(right) / len(right)
+
+    return {
+        "facts": share(facts()),
+        "reworded_facts": share(reworded_facts()),
+        "indirect_objects": share(unseen_givings()),
+        "repeats": repeat_accuracy(model, tokenizer),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, default=FOLDER)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    options = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    torch.use_deterministic_algorithms(True)
+    tokenizer = train_tokenizer()
+    wall, cpu = time.perf_counter(), time.process_time()
+    model = train_model(tokenizer, options.steps)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    options.out.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(options.out)
+    tokenizer.save_pretrained(options.out)
+    print(score(model, tokenizer))
+    print(f"{wall:.0f} s wall, {cpu:.0f} s CPU")
+
+
+if __name__ == "__main__":
+    main()
