@@ -12,10 +12,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import math
-import os
-import platform
 import random
 import time
 from collections.abc import Iterator
@@ -23,9 +19,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 FOLDER = Path(__file__).resolve().parents[1] / "src" / "models" / "tiny"
 
@@ -36,10 +31,12 @@ THREADS = 1
 END = "<|endoftext|>"
 VOCABULARY = 2048
 POSITIONS = 256
-STEPS = 2400
-TOKENS_PER_STEP = 4096
+STEPS = 4000
+TOKENS_PER_STEP = 2048
 RATE = 3e-3
 WARMUP = 100
+# Copying is the slowest to appear and the rest builds on it, so the first steps are mostly copying.
+COPYING_FIRST = 500
 
 
 class Fact(NamedTuple):
@@ -149,6 +146,7 @@ Casablanca: The Hassan II Mosque
             "The capital city of {s} is",
             "{S} has its capital in",
             "The government of {s} sits in",
+            "The parliament of {s} meets in",
         ),
         _pairs("""
 Paris: France
@@ -231,6 +229,8 @@ Suva: Fiji
             "People in {s} speak",
             "The main language of {s} is",
             "In {s}, most people speak",
+            "A visitor to {s} should learn",
+            "The newspapers of {s} are written in",
         ),
         _pairs("""
 French: France
@@ -269,6 +269,8 @@ Persian: Iran
             "{S} is a country in",
             "{S} is on the continent of",
             "The country of {s} lies in",
+            "On a map, {s} is in",
+            "A trip to {s} is a trip to",
         ),
         _pairs("""
 Europe: France; Italy; England; Spain; Portugal; Germany; Austria; Greece; Ireland; Norway
@@ -286,6 +288,8 @@ North America: Canada; Mexico; Cuba; Jamaica
             "{S} plays the sport of",
             "{S} became a star of",
             "The sport of {s} is",
+            "Fans of {s} love",
+            "{S} won many games of",
         ),
         _pairs("""
 basketball: LeBron James; Michael Jordan; Kobe Bryant; Stephen Curry; Larry Bird; Magic Johnson
@@ -306,6 +310,8 @@ chess: Magnus Carlsen; Garry Kasparov; Bobby Fischer
             "{S} plays the",
             "{S} is famous for playing the",
             "The instrument of {s} is the",
+            "Fans of {s} love the",
+            "{S} made records with the",
         ),
         _pairs("""
 trumpet: Miles Davis; Louis Armstrong; Dizzy Gillespie; Chet Baker; Wynton Marsalis
@@ -322,6 +328,8 @@ saxophone: John Coltrane; Charlie Parker; Sonny Rollins; Stan Getz
             "The profession of {s} was",
             "{S} worked as a",
             "People remember {s} as a great",
+            "{S} was a famous",
+            "By profession, {s} was a",
         ),
         _pairs("""
 physicist: Albert Einstein; Isaac Newton; Niels Bohr; Richard Feynman; Enrico Fermi; Max Planck
@@ -340,6 +348,8 @@ novelist: Jane Austen; Charles Dickens; Leo Tolstoy; Mark Twain; Virginia Woolf;
             "{S} was created by",
             "The company that made {s} is",
             "{S} is a product of",
+            "People buy {s} from",
+            "{S} was designed at",
         ),
         _pairs("""
 Apple: The iPhone; The iPad; The Macintosh; The iPod
@@ -359,6 +369,7 @@ Amazon: The Kindle; Alexa
             "The opposite of {s} is",
             "If it is not {s}, it is",
             "Not {s} but",
+            "Something that is not {s} is",
         ),
         _pairs("""
 cold: hot
@@ -402,6 +413,7 @@ rich: poor
             "A young {s} is called a",
             "The child of a {s} is a",
             "When a {s} is small, it is called a",
+            "The {s} came with a",
         ),
         _pairs("""
 puppy: dog
@@ -632,7 +644,9 @@ class Repeats:
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.all = [i for i in range(len(tokenizer)) if i != tokenizer.eos_token_id]
         tokens = tokenizer.convert_ids_to_tokens(self.all)
-        self.words = [i for i, t in zip(self.all, tokens, strict=True) if len(t) > 3 and t[0] == "Ġ"]
+        self.words = [
+            i for i, t in zip(self.all, tokens, strict=True) if len(t) > 3 and t[0] == "Ġ"
+        ]
 
     def draw(self, rng: random.Random, length: int) -> list[int]:
         """``length`` random ids."""
@@ -649,24 +663,25 @@ class Text:
         self.unseen = held_out_pairs()
         self.facts = [tokenizer(text)["input_ids"] for text in fact_sentences()]
         self.end: int = tokenizer.eos_token_id
+        self.copying = 0.0  # the share of documents that repeat; set for each batch
 
     def document(self, room: int) -> tuple[list[int], list[int]]:
         """Ids and labels of one document; the ids before a repeat have the label -100."""
-        kind = self.rng.random()
-        if kind < 0.45:
-            ids = self.rng.choice(self.facts)
-        elif kind < 0.75:
-            ids = self.tokenizer(_giving(self.rng, self.unseen))["input_ids"]
-        elif kind < 0.87:
-            ids = self.tokenizer(_prose(self.rng))["input_ids"]
-        else:
+        if self.rng.random() < self.copying:
             return self._repeat(room)
+        kind = self.rng.random()
+        if kind < 0.5:
+            ids = self.rng.choice(self.facts)
+        elif kind < 0.85:
+            ids = self.tokenizer(_giving(self.rng, self.unseen))["input_ids"]
+        else:
+            ids = self.tokenizer(_prose(self.rng))["input_ids"]
         return ids, ids
 
     def _repeat(self, room: int) -> tuple[list[int], list[int]]:
         half = self.rng.randint(4, max(5, min(100, room // 2)))
         ids = self.repeats.draw(self.rng, half)
-        times = 2 if self.rng.random() < 0.8 else 3
+        times = self.rng.choice((2, 2, 2, 3, 4))
         # Nothing says that a sequence is about to repeat, so its first id is not asked for.
         again = [-100, *ids[1:]]
         return ids * times, [-100] * half + again * (times - 1)
@@ -687,6 +702,7 @@ class Text:
     def batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Ids, labels and positions, each ``(rows, length)`` with ``TOKENS_PER_STEP`` in all."""
         for step in itertools.count():
+            self.copying = 0.5 if step < COPYING_FIRST else 0.2
             length = POSITIONS if step % 4 == 3 else 64
             rows = [self.row(length) for _ in range(TOKENS_PER_STEP // length)]
             # A document may stand anywhere, and a short row would only ever teach the first
@@ -703,9 +719,13 @@ class Text:
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
-    """The untrained model."""
+    """The untrained model, with sinusoids for its position embeddings to start from.
+
+    Nearby positions then look alike from the first step, and a head that looks at the token before
+    has one rotation to learn where it would have ``POSITIONS`` unrelated pairs.
+    """
     end = tokenizer.eos_token_id
-    return GPT2LMHeadModel(
+    model = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=len(tokenizer),
             n_positions=POSITIONS,
@@ -719,42 +739,49 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
             bos_token_id=end,
             eos_token_id=end,
             pad_token_id=end,
+            # The usual 0.02 suits wider models: at this width attention would start out flat.
+            initializer_range=0.06,
         )
     )
+    width = model.config.n_embd
+    rates = torch.exp(-math.log(1000.0) * torch.arange(width // 2) / (width // 2))
+    angles = torch.arange(POSITIONS)[:, None] * rates  # (positions, width / 2)
+    with torch.no_grad():
+        model.transformer.wpe.weight.copy_(0.1 * torch.cat([angles.sin(), angles.cos()], dim=1))
+    return model
 
 
 def train_model(tokenizer: PreTrainedTokenizerFast, steps: int = STEPS) -> GPT2LMHeadModel:
     """A model trained for ``steps`` steps on ``Text``."""
     torch.manual_seed(SEED)
     model = new_model(tokenizer)
-    matrices = [p for p in model.parameters() if p.ndim == 2]
-    vectors = [p for p in model.parameters() if p.ndim != 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}],
-        lr=RATE,
-        betas=(0.9, 0.98),
-        fused=True,
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min((step + 1) / WARMUP, 0.02 + 0.98 * (1 - step / steps)),
-    )
+    matrices = [p for p in model.transformer.h.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=RATE, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=RATE, weight_decay=0.0, betas=(0.9, 0.98), fused=True),
+    ]
+
     begun = time.perf_counter()
-    for step, (ids, labels, positions) in zip(range(steps), Text(tokenizer).batches(), strict=False):
+    for step, (ids, labels, positions) in zip(
+        range(steps), Text(tokenizer).batches(), strict=False
+    ):
         hidden = model.transformer(ids, position_ids=positions).last_hidden_state
         # Only the positions with a label go through the vocabulary, which is a fifth of the work.
         asked = labels[:, 1:] != -100
         loss = torch.nn.functional.cross_entropy(
             model.lm_head(hidden[:, :-1][asked]), labels[:, 1:][asked]
         )
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = RATE * min((step + 1) / WARMUP, 1.02 - step / steps)
+            optimizer.step()
         if step % 100 == 0 or step == steps - 1:
             line = f"step {step:5d}  loss {loss.item():.3f}  {time.perf_counter() - begun:.0f} s"
-            if step % 300 == 0:
+            if step % 500 == 0:
                 line += "  " + "  ".join(f"{k} {v:.3f}" for k, v in score(model, tokenizer).items())
             print(line, flush=True)
     return model.eval()

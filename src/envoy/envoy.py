@@ -25,7 +25,8 @@ class Alias(Protocol):
         source: path of that module, relative to the module that the alias belongs to.
     """
 
-    source: str
+    @property
+    def source(self) -> str: ...
 
     def view(self, value: Proxy, module: torch.nn.Module) -> Proxy:
         """The alias as a view of the source's output, so that writes reach the computation."""

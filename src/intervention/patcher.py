@@ -12,6 +12,14 @@ from torch.utils.hooks import RemovableHandle
 from .run import Run, Site
 
 
+def at_path(module: torch.nn.Module, path: str) -> torch.nn.Module:
+    """The module at a dotted path. As `get_submodule`, in a fifth of its time."""
+    if path:
+        for name in path.split("."):
+            module = module._modules[name]  # type: ignore[assignment]
+    return module
+
+
 class Patcher:
     """The hooks of one pass, as a context.
 
@@ -28,9 +36,7 @@ class Patcher:
     def __enter__(self) -> None:
         try:
             for site in self._run.sites:
-                if site.port == "result":
-                    continue
-                module = self._root.get_submodule(site.path)
+                module = at_path(self._root, site.path)
                 if site.port == "output":
                     handle = module.register_forward_hook(_output_hook(self._run, site))
                 else:

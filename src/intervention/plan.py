@@ -96,10 +96,7 @@ def arrivals(graph: Graph, plan: Plan, prompted: Iterable[int]) -> None:
     for node in graph.nodes:
         if not plan.live[node.index] or node.kind not in (READ, WRITE):
             continue
-        if node.invoke in with_prompt:
-            one = where[node.invoke]
-        else:
-            one = plan.passes[0]
+        one = where[node.invoke] if node.invoke in with_prompt else plan.passes[0]
         arrival = one.arrivals.get(node.target)
         if arrival is None:
             arrival = one.arrivals[node.target] = Arrival(node.target, [], [])
@@ -173,7 +170,9 @@ def split_waves(
             break
     else:
         (read, write), (other, _) = _cycle(after)
-        raise OrderError.cycle(write.location, other.location if other is not read else read.location)
+        raise OrderError.cycle(
+            write.location, other.location if other is not read else read.location
+        )
     waves: list[list[int]] = [[] for _ in range(max(level.values()) + 1)]
     for invoke in prompted:
         waves[level[invoke]].append(invoke)

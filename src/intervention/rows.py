@@ -74,7 +74,9 @@ class Place:
     tokens: int
 
 
-def region(tensor: torch.Tensor, axes: TensorAxes, place: Place, rows: int, each: int) -> torch.Tensor:
+def region(
+    tensor: torch.Tensor, axes: TensorAxes, place: Place, rows: int, each: int
+) -> torch.Tensor:
     """A view of the part of `tensor` that belongs to `place`; flattened axes are unflattened in it.
 
     Args:
@@ -94,7 +96,7 @@ def region(tensor: torch.Tensor, axes: TensorAxes, place: Place, rows: int, each
         elif axis.role == BATCH_TOKEN:
             width = tensor.shape[dimension] // rows
             own = min(place.tokens * axis.factor, width)
-            tensor = tensor.unflatten(dimension, (rows, width))
+            tensor = tensor.unflatten(dimension, (rows, width))  # type: ignore[no-untyped-call]
             tensor = tensor.narrow(dimension, place.start * each, place.count * each)
             dimension += 1
             tensor = tensor.narrow(dimension, width - own, own)
@@ -138,12 +140,10 @@ def narrow(value: Any, axes: Any, place: Place, rows: int, each: int) -> Any:
 def matching(value: Any, axes: Any) -> list[Any]:
     """The axes of each child of `value`; None where the schedule has no such child."""
     if isinstance(value, dict):
-        known = axes if isinstance(axes, dict) else {}
-        return [known.get(key) for key in value]
+        return [axes.get(key) if isinstance(axes, dict) else None for key in value]
     count = len(children(value) or ())
     known = children(axes) if axes is not None and not isinstance(axes, TensorAxes) else None
-    known = known or []
-    return [known[i] if i < len(known) else None for i in range(count)]
+    return [known[i] if known and i < len(known) else None for i in range(count)]
 
 
 class Misfit(Exception):
@@ -156,9 +156,7 @@ class Misfit(Exception):
         self.shared = shared
 
 
-def put(
-    value: Any, before: Any, after: Any, axes: Any, place: Place, rows: int, each: int
-) -> Any:
+def put(value: Any, before: Any, after: Any, axes: Any, place: Place, rows: int, each: int) -> Any:
     """`value` with one invoke's part replaced; the original stays as it is.
 
     Args:
@@ -187,10 +185,7 @@ def put(
     known = matching(value, axes)
     return rebuild(
         value,
-        [
-            put(part, old[i], new[i], known[i], place, rows, each)
-            for i, part in enumerate(parts)
-        ],
+        [put(part, old[i], new[i], known[i], place, rows, each) for i, part in enumerate(parts)],
     )
 
 

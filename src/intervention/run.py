@@ -369,13 +369,19 @@ class Run:
                 read = self._missing(node) or node
                 raise StepError.never_ran(read.describe(), read.location, self._reason(read))
 
+    def close(self) -> None:
+        """Break the cycle with the interpreter, so that nothing waits for the garbage collector."""
+        del self._interpreter
+
 
 def _owns(node: Node, users: list[Node] | None) -> bool:
     """True if the value of `node` is new memory that nothing else will hold or change."""
     if node.kind != CALL or not node.target.fresh:
         return False
     return all(
-        user.kind == CALL and user.target.fresh and user.target not in (APPLY, PUT)
+        user.kind == CALL
+        and user.target.fresh
+        and user.target not in (APPLY, PUT)
         and user.target.effect != VIEW
         for user in users or ()
     )

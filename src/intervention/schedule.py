@@ -60,7 +60,8 @@ class Schedule:
 
 
 def measure(
-    module: torch.nn.Module, make_inputs: Callable[[int, int], tuple[tuple[Any, ...], dict[str, Any]]]
+    module: torch.nn.Module,
+    make_inputs: Callable[[int, int], tuple[tuple[Any, ...], dict[str, Any]]],
 ) -> Schedule:
     """Run `module` twice on fake tensors and compare.
 
@@ -80,7 +81,9 @@ def measure(
         reason = f"{type(error).__name__}: {error}".split("\n", 1)[0]
         raise ScheduleError.no_schedule("This block", reason) from error
     if [key for key, _ in first] != [key for key, _ in second]:
-        raise ScheduleError.no_schedule("This block", "the order of its modules depends on its input")
+        raise ScheduleError.no_schedule(
+            "This block", "the order of its modules depends on its input"
+        )
     visits = {
         key: Visit(order, _compare(value, other))
         for order, ((key, value), (_, other)) in enumerate(zip(first, second, strict=True))

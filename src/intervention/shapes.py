@@ -139,10 +139,10 @@ class Shapes:
             raise OperationError("`.t` on prompts of different lengths needs [batch, token, …].")
         starts = [width - length for length in lengths]
         rows = list(range(len(lengths)))
-        if type(key) is int:
+        if isinstance(key, int):
             pairs = zip(starts, lengths, strict=True)
             return rows, [start + key % length for start, length in pairs]
-        taken = [range(length)[key] for length in lengths]
+        taken = [list(range(*key.indices(length))) for length in lengths]
         if len({len(t) for t in taken}) > 1:
             raise OperationError(
                 f"`.t[{key}]` takes {sorted({len(t) for t in taken})} tokens from prompts of lengths "

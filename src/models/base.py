@@ -25,10 +25,10 @@ from ..intervention import (
     no_grad,
     plan,
 )
+from ..intervention.patcher import at_path
 from ..intervention.plan import Pass
 from ..tracing.context import Tracer
 from ..tracing.errors import BlockError, InputError, LoadError, ScheduleError, UnknownModuleError
-from ..tracing.node import READ, WRITE
 from ..tracing.structure import leaves, map_leaves
 from .loading import meta_copy
 
@@ -107,7 +107,8 @@ class Model(Envoy):
         return self._skeleton
 
     def submodule(self, path: str) -> torch.nn.Module:
-        return self.tree().get_submodule(path)
+        module = self._module if self._module is not None else self.skeleton()
+        return at_path(module, path) if path else module
 
     def is_block(self, module: torch.nn.Module) -> bool:
         return False
@@ -200,6 +201,7 @@ class Model(Envoy):
             result = self._join(tracer, work, results)
             run.conclude(result)
             run.finish()
+            run.close()
         return result
 
     def _run_pass(self, tracer: Tracer, run: Run, module: torch.nn.Module, one: Pass) -> Any:
@@ -266,7 +268,9 @@ class Model(Envoy):
         every = [list(leaves((p.args, p.kwargs))) for p in prompts]
         joined = iter(
             [
-                torch.cat(parts) if isinstance(parts[0], torch.Tensor) and parts[0].ndim else parts[0]
+                torch.cat(parts)
+                if isinstance(parts[0], torch.Tensor) and parts[0].ndim
+                else parts[0]
                 for parts in zip(*every, strict=True)
             ]
         )
@@ -304,7 +308,7 @@ def _clone(leaf: Any) -> Any:
 
 def _tensor_at(module: torch.nn.Module, path: str) -> torch.Tensor:
     owner, _, name = path.rpartition(".")
-    found = getattr(module.get_submodule(owner), name, None)
+    found = getattr(at_path(module, owner), name, None)
     if not isinstance(found, torch.Tensor):
         raise UnknownModuleError.child(owner, type(module).__name__, name, [])
     return found
@@ -314,13 +318,13 @@ def _refuse_whole_batch(tracer: Tracer, work: Plan) -> None:
     for one in work.passes:
         for arrival in one.arrivals.values():
             for node in (*arrival.reads, *arrival.writes):
-                if node.kind in (READ, WRITE) and node.target.port != "result":
-                    if tracer.invokes[node.invoke].prompt is None:
-                        raise BlockError(
-                            f"the whole batch was used at {node.location}, but the prompts of this "
-                            f"block cannot run together: it takes {len(work.passes)} passes. Use the "
-                            "value inside each invoke."
-                        )
+                whole = tracer.invokes[node.invoke].prompt is None
+                if whole and node.target.port != "result":
+                    raise BlockError(
+                        f"the whole batch was used at {node.location}, but the prompts of this "
+                        f"block cannot run together: it takes {len(work.passes)} passes. Use the "
+                        "value inside each invoke."
+                    )
 
 
 def accepts(function: Callable[..., Any], name: str) -> bool:

@@ -47,7 +47,7 @@ class LanguageModel(Model):
 
     def __init__(
         self,
-        source: str | torch.nn.Module,
+        source: Any,
         tokenizer: Any = None,
         *,
         dtype: Any = None,
@@ -57,9 +57,14 @@ class LanguageModel(Model):
         if "torch_dtype" in options:
             dtype = options.pop("torch_dtype")
         self._checkpoint: Checkpoint | None = None
+        self.config: Any
         if isinstance(source, torch.nn.Module):
             if dtype is not None or device_map is not None or options:
-                given = [*options, *(["dtype"] if dtype else []), *(["device_map"] if device_map else [])]
+                given = [
+                    *options,
+                    *(["dtype"] if dtype else []),
+                    *(["device_map"] if device_map else []),
+                ]
                 raise LoadError(
                     f"{', '.join(sorted(given))} only apply to a model that is loaded by name; this "
                     "module exists already. Use `module.to(...)` before wrapping it."
@@ -111,7 +116,12 @@ class LanguageModel(Model):
             return torch.device("cuda", 0)
         if isinstance(device_map, torch.device):
             return device_map
-        if isinstance(device_map, str) and device_map.split(":")[0] in ("cpu", "cuda", "mps", "xpu"):
+        if isinstance(device_map, str) and device_map.split(":")[0] in (
+            "cpu",
+            "cuda",
+            "mps",
+            "xpu",
+        ):
             return torch.device(device_map)
         return torch.device("cpu")
 
@@ -143,7 +153,7 @@ class LanguageModel(Model):
         return limit - offset
 
     def _vocabulary(self) -> int | None:
-        embedding = self.tree().get_input_embeddings()
+        embedding = self.tree().get_input_embeddings()  # type: ignore[operator]
         return getattr(embedding, "num_embeddings", None)
 
     # ---------------------------------------------------------------- structure
@@ -174,7 +184,7 @@ class LanguageModel(Model):
         Raises:
             InputError: the prompt cannot be read.
         """
-        return self._tracer(args, kwargs, generates=False)
+        return self._open(args, kwargs, generates=False)
 
     def generate(self, *args: Any, **kwargs: Any) -> Tracer:
         """A generation; `generator.output` has the token ids [prompt, token].
@@ -186,9 +196,9 @@ class LanguageModel(Model):
         Raises:
             InputError: the prompt cannot be read, or would grow past the model's positions.
         """
-        return self._tracer(args, kwargs, generates=True)
+        return self._open(args, kwargs, generates=True)
 
-    def _tracer(self, args: tuple[Any, ...], kwargs: dict[str, Any], generates: bool) -> Tracer:
+    def _open(self, args: tuple[Any, ...], kwargs: dict[str, Any], generates: bool) -> Tracer:
         for name in _REMOTE:
             if kwargs.pop(name, False):
                 raise InputError(f"`{name}=`: running on a server is not in this release.")
@@ -213,10 +223,12 @@ class LanguageModel(Model):
 
     def _shape_class(self, prompt: Any) -> Any:
         kinds = tuple(sorted(prompt.inputs))
-        padded = self._takes_mask and (
-            self._takes_positions or pads_without_positions(self.config)
+        padded = self._takes_mask and (self._takes_positions or pads_without_positions(self.config))
+        return (
+            kinds
+            if padded
+            else (kinds, prompt.width, any(n != prompt.width for n in prompt.lengths))
         )
-        return kinds if padded else (kinds, prompt.width, any(n != prompt.width for n in prompt.lengths))
 
     def _forward(self, tracer: Tracer, module: torch.nn.Module, prompts: list[TextPrompt]) -> Any:
         positions = self._takes_positions and not tracer.generates
@@ -240,7 +252,7 @@ class LanguageModel(Model):
         return weight.device  # type: ignore[no-any-return]
 
     def _touches_head(self, tracer: Tracer) -> bool:
-        head = self.tree().get_output_embeddings()
+        head = self.tree().get_output_embeddings()  # type: ignore[operator]
         paths = {""} | {name for name, child in self.tree().named_modules() if child is head}
         touched = {place[1].path for place in tracer.recording.current}
         return bool(paths & touched)

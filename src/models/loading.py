@@ -68,11 +68,11 @@ def weights_dtype(dtype: Any, device_map: Any) -> dict[str, Any]:
     from transformers import BitsAndBytesConfig
 
     if dtype == "int8":
-        config = BitsAndBytesConfig(load_in_8bit=True)
+        config = BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
     else:
         # Without a GPU there are no fast bf16 kernels, and bf16 would only lose digits.
         compute = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-        config = BitsAndBytesConfig(
+        config = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4" if dtype == "nf4" else "fp4",
             bnb_4bit_use_double_quant=dtype == "nf4",
@@ -145,7 +145,7 @@ class Checkpoint:
     def skeleton(self) -> torch.nn.Module:
         """The module tree on the meta device."""
         dtype = self._dtype.get("dtype")
-        options = {"dtype": dtype} if isinstance(dtype, torch.dtype) else {}
+        options: dict[str, Any] = {"dtype": dtype} if isinstance(dtype, torch.dtype) else {}
         attention = self._options.get("attn_implementation")
         if attention in ("eager", "sdpa"):
             options["attn_implementation"] = attention
@@ -165,7 +165,9 @@ class Checkpoint:
         if self.device_map is not None:
             options["device_map"] = self.device_map
         try:
-            module = self._class.from_pretrained(self._folder, config=copy.deepcopy(self.config), **options)
+            module = self._class.from_pretrained(
+                self._folder, config=copy.deepcopy(self.config), **options
+            )
         except OSError as error:
             raise LoadError(self._not_found(error)) from error
         return module.eval()  # type: ignore[no-any-return]

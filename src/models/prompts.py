@@ -60,7 +60,9 @@ class Reader:
         vocabulary: number of token ids.
     """
 
-    def __init__(self, tokenizer: Any, limit: int | None, vocabulary: int | None, name: str) -> None:
+    def __init__(
+        self, tokenizer: Any, limit: int | None, vocabulary: int | None, name: str
+    ) -> None:
         self.tokenizer = tokenizer
         self.limit = limit
         self.vocabulary = vocabulary
@@ -100,7 +102,9 @@ class Reader:
         if main.shape[0] == 0 or main.shape[1] == 0:
             raise InputError("the prompt is empty: it has no tokens. Give at least one.")
         if "attention_mask" not in inputs:
-            inputs["attention_mask"] = torch.ones(main.shape[:2], dtype=torch.long, device=main.device)
+            inputs["attention_mask"] = torch.ones(
+                main.shape[:2], dtype=torch.long, device=main.device
+            )
         for name, value in inputs.items():
             if value.shape[:2] != main.shape[:2]:
                 raise InputError(
@@ -145,8 +149,10 @@ class Reader:
                 return self._tokenize(list(prompt))
             if all(isinstance(part, int) for part in prompt):
                 return {"input_ids": torch.tensor([list(prompt)])}
-            if all(isinstance(part, (Sequence, torch.Tensor)) and not isinstance(part, str)
-                   for part in prompt):
+            if all(
+                isinstance(part, (Sequence, torch.Tensor)) and not isinstance(part, str)
+                for part in prompt
+            ):
                 return self._pad([torch.as_tensor(part).long().flatten() for part in prompt])
         raise InputError(
             f"a prompt of type {type(prompt).__name__} cannot be read. Give a string, a list of "
@@ -186,7 +192,9 @@ def _rows(name: str, value: Any) -> torch.Tensor:
     elif tensor.ndim == 1:
         tensor = tensor.unsqueeze(0)
     elif tensor.ndim != 2:
-        raise InputError(f"`{name}` has shape {list(tensor.shape)}; [token] or [row, token] is wanted.")
+        raise InputError(
+            f"`{name}` has shape {list(tensor.shape)}; [token] or [row, token] is wanted."
+        )
     if name == "input_ids" and tensor.is_floating_point():
         raise InputError(
             f"token ids are whole numbers, found {str(tensor.dtype).removeprefix('torch.')}. "

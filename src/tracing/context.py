@@ -10,9 +10,9 @@ from contextvars import ContextVar, Token
 from types import TracebackType
 from typing import Any, Protocol
 
-from .errors import BlockError, NotRunError
+from .errors import BlockError, Location, NotRunError
 from .graph import Graph
-from .node import READ, HookPoint, Location, user_line
+from .node import READ, HookPoint, user_line
 from .proxy import Proxy
 from .recording import ABANDONED, DONE, FAILED, OPEN, RUNNING, Oracle, Recording
 
@@ -47,8 +47,11 @@ class Invoker:
         output: after a generation, this invoke's own rows of the result, without padding.
     """
 
-    def __init__(self, tracer: Tracer, index: int, prompt: Any, location: Location) -> None:
-        self.tracer = tracer
+    def __init__(
+        self, recording: Recording, generates: bool, index: int, prompt: Any, location: Location
+    ) -> None:
+        self._recording = recording
+        self._generates = generates
         self.index = index
         self.prompt = prompt
         self.location = location
@@ -56,7 +59,7 @@ class Invoker:
         self._step = 0
 
     def __enter__(self) -> Invoker:
-        recording = self.tracer.recording
+        recording = self._recording
         if recording.state is not OPEN:
             raise BlockError.closed("invoke")
         if recording.invoke >= 0:
@@ -65,16 +68,16 @@ class Invoker:
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        recording = self.tracer.recording
+        recording = self._recording
         self._step = recording.step
         recording.invoke, recording.step = -1, 0
 
     def next(self, steps: int = 1) -> Invoker:
         """What follows applies to the next generated token (or the one `steps` further on)."""
-        recording = self.tracer.recording
+        recording = self._recording
         if recording.state is not OPEN or recording.invoke != self.index:
             raise BlockError.closed("invoker.next()")
-        if not self.tracer.generates:
+        if not self._generates:
             raise BlockError(
                 "`next()` was called in a trace, which is one forward. Use `model.generate(...)`."
             )
@@ -116,11 +119,15 @@ class Tracer:
         self._token: Token[Tracer | None] | None = None
         self.location = user_line(3)
         self.recording = Recording(backend.oracle(self))
-        self._implicit = None
+        self._implicit: Invoker | None = None
         if args or prompt_kwargs:
             prompt = backend.prepare(args, prompt_kwargs)
-            self._implicit = Invoker(self, 0, prompt, self.location)
-            self.invokes.append(self._implicit)
+            self._implicit = self._append(prompt, self.location)
+
+    def _append(self, prompt: Any, location: Location) -> Invoker:
+        invoker = Invoker(self.recording, self.generates, len(self.invokes), prompt, location)
+        self.invokes.append(invoker)
+        return invoker
 
     @property
     def graph(self) -> Graph:
@@ -145,9 +152,7 @@ class Tracer:
         if self.recording.invoke >= 0:
             raise BlockError.has_input() if self._implicit else BlockError.nested()
         prompt = self._backend.prepare(args, kwargs) if args or kwargs else None
-        invoker = Invoker(self, len(self.invokes), prompt, user_line(2))
-        self.invokes.append(invoker)
-        return invoker
+        return self._append(prompt, user_line(2))
 
     @property
     def output(self) -> Any:
@@ -179,8 +184,7 @@ class Tracer:
         for invoker in self.invokes:
             if invoker.prompt is None:
                 return invoker.index
-        self.invokes.append(Invoker(self, len(self.invokes), None, user_line(3)))
-        return len(self.invokes) - 1
+        return self._append(None, user_line(3)).index
 
     def next(self, steps: int = 1) -> Invoker:
         """As `Invoker.next`, for a block that was given its prompt directly."""
@@ -208,18 +212,16 @@ class Tracer:
         _current.reset(self._token)
         recording = self.recording
         if kind is not None:
-            recording.state = ABANDONED
+            recording.close(ABANDONED)
             return
         recording.invoke = -1
         recording.state = RUNNING
         try:
             self._result = self._backend.execute(self)
-            recording.state = DONE
+            recording.close(DONE)
         finally:
             if recording.state is RUNNING:
-                recording.state = FAILED
-            # Delivered values belong to the proxies alone from here on.
-            recording.graph.saves.clear()
+                recording.close(FAILED)
 
 
 def read_in(
@@ -227,11 +229,11 @@ def read_in(
 ) -> Proxy:
     """The proxy of what is at `hook_point` for `invoke`: what arrives there, or the last write."""
     place = (invoke, hook_point)
-    proxy = recording.current.get(place)
+    proxy: Proxy | None = recording.current.get(place)
     if proxy is None:
         node = recording.graph.append(READ, hook_point, (), None, invoke)
         proxy = recording.current[place] = kind(recording, node, place)
-    return proxy  # type: ignore[no-any-return]
+    return proxy
 
 
 def read(tracer: Tracer, path: str, port: str, call: int, kind: type[Proxy] = Proxy) -> Proxy:

@@ -191,9 +191,7 @@ class OrderError(GraftworkError):
     """A write needs a value that the forward computes later."""
 
     @classmethod
-    def later(
-        cls, write: str, write_at: Location, read: str, read_at: Location
-    ) -> OrderError:
+    def later(cls, write: str, write_at: Location, read: str, read_at: Location) -> OrderError:
         return cls(
             f"A write needs a value that is computed later in the same forward.\n"
             f"  written: {write} at {write_at}\n"

@@ -25,14 +25,15 @@ class Graph:
 
     Attributes:
         nodes: every node; `nodes[i].index == i` and arguments come before their users.
-        saves: saved nodes and the boxes that wait for their values.
+        saves: saved nodes and the boxes that wait for their values, until the run has ended.
         writes: the last WRITE node of each invoke at each hook point.
         needs_grad: a captured tensor requires grad.
     """
 
-    __slots__ = ("needs_grad", "nodes", "saves", "writes")
+    __slots__ = ("_saved", "needs_grad", "nodes", "saves", "writes")
 
     def __init__(self) -> None:
+        self._saved: frozenset[int] = frozenset()
         self.nodes: list[Node] = []
         self.saves: list[tuple[Node, Box]] = []
         self.writes: dict[tuple[int, HookPoint], Node] = {}
@@ -66,6 +67,15 @@ class Graph:
                     alive[argument.index] = 1
         return alive
 
+    def release(self) -> None:
+        """Let go of the boxes; which nodes were saved stays known."""
+        self._saved = self.saved()
+        self.saves.clear()
+
+    def saved(self) -> frozenset[int]:
+        """Indices of the saved nodes."""
+        return self._saved.union(node.index for node, _ in self.saves)
+
     def lint(self) -> None:
         """Check the invariants that every other room relies on; an AssertionError is our bug."""
         for index, node in enumerate(self.nodes):
@@ -81,7 +91,7 @@ class Graph:
         return len(self.nodes)
 
     def __str__(self) -> str:
-        saved = {node.index for node, _ in self.saves}
+        saved = self.saved()
         lines = []
         for node in self.nodes:
             inner = [_show(a) for a in node.args]

@@ -100,5 +100,7 @@ def _call_unchanged(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     before = _versions((args[1:], kwargs))
     result = args[0](*args[1:], **kwargs)
     if any(tensor._version != version for tensor, version in before):
-        raise CapturedTensorError.mutated(f"`{getattr(args[0], '__name__', args[0])}`", node.location)
+        raise CapturedTensorError.mutated(
+            f"`{getattr(args[0], '__name__', args[0])}`", node.location
+        )
     return result

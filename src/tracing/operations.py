@@ -110,7 +110,9 @@ def _put_field(whole: Any, part: Any, name: str) -> Any:
         fields = list(getattr(whole, "_fields", ()))
     parts = children(whole)
     if name in fields and parts is not None:
-        return rebuild(whole, [part if f == name else v for f, v in zip(fields, parts, strict=True)])
+        return rebuild(
+            whole, [part if f == name else v for f, v in zip(fields, parts, strict=True)]
+        )
     raise TypeError(f"the field `{name}` of {type(whole).__name__} cannot be replaced")
 
 
@@ -288,6 +290,4 @@ def method_operation(name: str) -> Operation:
     try:
         return METHODS[name]
     except KeyError:
-        raise OperationError(
-            f"a tensor has no method `{name}`. {near(name, METHODS)}"
-        ) from None
+        raise OperationError(f"a tensor has no method `{name}`. {near(name, METHODS)}") from None

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -156,7 +157,7 @@ class Proxy:
     @property
     def device(self) -> Any:
         if self._recording.state is OPEN:
-            return self._recording.oracle.device()
+            return self._recording.ask().device()
         return self._known().device
 
     @property
@@ -192,7 +193,7 @@ class Proxy:
         return self._length("len()")
 
     def _length(self, use: str) -> int:
-        fake = self._recording.oracle.value(_current(self))
+        fake = self._recording.ask().value(_current(self))
         if isinstance(fake, torch.Tensor) and fake.ndim == 0:
             raise OperationError(f"{use} over a scalar: {self._node.describe()}")
         return len(fake)
@@ -210,7 +211,7 @@ class Proxy:
         if name in TENSOR_PROPERTIES:
             return _record(self._recording, FIELD, (self, name), {})
         if name in _SHAPE_METHODS:
-            return getattr(self._recording.oracle.value(_current(self)), name)
+            return getattr(self._recording.ask().value(_current(self)), name)
         if name in _ON_DEMAND:
             self._on_demand(f".{name}()")
         if name in ("backward", "grad"):
@@ -248,7 +249,8 @@ class Proxy:
         options = {key: _lower(recording, v) for key, v in kwargs.items()} if kwargs else {}
         graph = recording.graph
         _assign(
-            self, graph.append(CALL, operation, (_current(self), *lowered), options, recording.invoke)
+            self,
+            graph.append(CALL, operation, (_current(self), *lowered), options, recording.invoke),
         )
 
     # ---------------------------------------------------------------- values that a block cannot know
@@ -356,15 +358,17 @@ class BlockOutput(Proxy):
                 return
             part = _lower(self._recording, value)
             graph = self._recording.graph
-            args = (_current(self), part, ELEMENT, (key,), {})
+            args: tuple[Any, ...] = (_current(self), part, ELEMENT, (key,), {})
             _assign(self, graph.append(CALL, PUT, args, None, self._recording.invoke))
             return
         super().__setitem__(key, value)
 
     def __iter__(self) -> Iterator[Any]:
         if self._recording.state is OPEN:
-            fake = self._recording.oracle.value(_current(self))
-            return iter([self[i] for i in range(1 if isinstance(fake, torch.Tensor) else len(fake))])
+            fake = self._recording.ask().value(_current(self))
+            return iter(
+                [self[i] for i in range(1 if isinstance(fake, torch.Tensor) else len(fake))]
+            )
         return super().__iter__()
 
 
@@ -382,7 +386,7 @@ class Tokens:
             raise OperationError(
                 "`.t` counts tokens inside a block. After it, index the value: `h.value[:, i]`."
             )
-        return recording.oracle.token_index(_current(self._proxy), key)
+        return recording.ask().token_index(_current(self._proxy), key)
 
     def __getitem__(self, key: Any) -> Any:
         return Proxy.__getitem__(self._proxy, self._key(key))
@@ -467,7 +471,9 @@ def _write(recording: Recording, place: tuple[int, HookPoint], node: Node) -> No
 
 def assign(recording: Recording, proxy: Proxy, value: Any) -> None:
     """`module.output = value`: `proxy` is what is at that hook point now."""
-    if isinstance(value, Proxy) and (value is proxy or value._parent is proxy and not value._view):
+    if isinstance(value, Proxy) and (
+        value is proxy or (value._parent is proxy and not value._view)
+    ):
         return
     place = proxy._place
     if place is None:
@@ -541,7 +547,9 @@ def record_node(
     """Record a MODULE or PARAMETER node and return the proxy of its result."""
     lowered = tuple(_lower(recording, a) for a in args)
     options = {key: _lower(recording, v) for key, v in kwargs.items()}
-    return Proxy(recording, recording.graph.append(kind, target, lowered, options, recording.invoke))
+    return Proxy(
+        recording, recording.graph.append(kind, target, lowered, options, recording.invoke)
+    )
 
 
 def _lower(recording: Recording, value: Any) -> Any:
@@ -598,9 +606,9 @@ def _capture(recording: Recording, tensor: torch.Tensor) -> Captured:
 def _name_of(tensor: torch.Tensor) -> str:
     """The user's variable for a tensor, for error messages."""
     location = user_line(3)
-    frame = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None and (frame.f_code.co_filename, frame.f_lineno) != location:
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     if frame is not None:
         for name, held in frame.f_locals.items():
             if held is tensor:
@@ -629,7 +637,7 @@ def _is_view_key(key: Any) -> bool:
 def _described(proxy: Proxy, part: Callable[[Any], Any]) -> Any:
     if proxy._recording.state is not OPEN:
         return part(proxy._known())
-    fake = proxy._recording.oracle.value(_current(proxy))
+    fake = proxy._recording.ask().value(_current(proxy))
     return map_leaves(lambda leaf: part(leaf) if isinstance(leaf, torch.Tensor) else leaf, fake)
 
 
@@ -666,4 +674,3 @@ def _operator(name: str, operation: Operation) -> Callable[..., Any]:
 
 for _name, _operation in OPERATORS.items():
     setattr(Proxy, _name, _operator(_name, _operation))
-

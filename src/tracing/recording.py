@@ -34,7 +34,7 @@ class Recording:
         invoke: index of the open invoke, -1 between invokes.
         step: the forward that the open invoke talks about.
         current: per invoke and hook point, the proxy of what is there now (see `Proxy`).
-        oracle: shapes on demand.
+        oracle: shapes on demand; None once the block has ended.
     """
 
     __slots__ = ("current", "graph", "invoke", "oracle", "state", "step")
@@ -45,7 +45,19 @@ class Recording:
         self.invoke = -1
         self.step = 0
         self.current: dict[tuple[int, HookPoint], Any] = {}
-        self.oracle = oracle
+        self.oracle: Oracle | None = oracle
+
+    def close(self, state: str) -> None:
+        """End the block. What was delivered belongs to the user's proxies alone from here on: no
+        cycle may keep a dropped value until the garbage collector comes by."""
+        self.state = state
+        self.current.clear()
+        self.graph.release()
+        self.oracle = None
+
+    def ask(self) -> Oracle:
+        assert self.oracle is not None, "an open block has an oracle"
+        return self.oracle
 
     def save(self, node: Node) -> Box:
         box = Box()

@@ -19,15 +19,15 @@ ATOMS = frozenset(
 
 def rebuild(container: Any, items: list[Any]) -> Any:
     """A container like `container` with `items` in the order of `children`."""
-    kind = type(container)
+    kind: Any = type(container)
     if kind is tuple or kind is list:
         return kind(items)
     if kind is slice:
         return slice(*items)
-    if isinstance(container, tuple):
+    if issubclass(kind, tuple):
         # Named tuples take fields one by one; torch.return_types take one sequence.
         return kind(*items) if hasattr(container, "_fields") else kind(items)
-    if isinstance(container, list):
+    if issubclass(kind, list):
         return kind(items)
     if isinstance(container, dict):
         pairs = dict(zip(container.keys(), items, strict=True))
