@@ -13,7 +13,7 @@ import torch
 
 from ..tracing.context import Tracer, current_tracer, read
 from ..tracing.errors import BlockError, OperationError, UnknownModuleError
-from ..tracing.node import MODULE, PARAMETER
+from ..tracing.node import MODULE, PARAMETER, HookPoint
 from ..tracing.proxy import BlockOutput, Proxy, assign, first_argument, record_node
 from ..tracing.structure import leaves
 
@@ -57,20 +57,21 @@ class Envoy:
     applies the module to proxies. Any other attribute is the module's own.
     """
 
-    __slots__ = ("_call", "_kind", "_path", "_root")
+    __slots__ = ("_inputs", "_kind", "_output", "_path", "_root")
 
     def __init__(self, root: Any, path: str, kind: type[Proxy] = Proxy, call: int = 0) -> None:
         self._root: Root = root
         self._path = path
         self._kind = kind
-        self._call = call
+        self._output = HookPoint(path, "output", 0, call)
+        self._inputs = HookPoint(path, "inputs", 0, call)
 
     # ---------------------------------------------------------------- ports
 
-    def _tracer(self, what: str) -> Tracer:
+    def _tracer(self, what: HookPoint) -> Tracer:
         tracer = current_tracer()
         if tracer is None:
-            raise BlockError.outside(f"{self._path}.{what}" if self._path else what)
+            raise BlockError.outside(str(what))
         if tracer.model is not self._root:
             raise BlockError.other_model(self._path)
         return tracer
@@ -78,20 +79,20 @@ class Envoy:
     @property
     def output(self) -> Any:
         """What the module returns, for the open invoke's own rows and tokens."""
-        return read(self._tracer("output"), self._path, "output", self._call, self._kind)
+        return read(self._tracer(self._output), self._output, self._kind)
 
     @output.setter
     def output(self, value: Any) -> None:
-        assign(self._tracer("output").recording, self.output, value)
+        assign(self._tracer(self._output).recording, self.output, value)
 
     @property
     def inputs(self) -> Any:
         """What the module is called with: `(args, kwargs)`."""
-        return read(self._tracer("inputs"), self._path, "inputs", self._call)
+        return read(self._tracer(self._inputs), self._inputs)
 
     @inputs.setter
     def inputs(self, value: Any) -> None:
-        assign(self._tracer("inputs").recording, self.inputs, value)
+        assign(self._tracer(self._inputs).recording, self.inputs, value)
 
     @property
     def input(self) -> Any:
@@ -100,7 +101,7 @@ class Envoy:
 
     @input.setter
     def input(self, value: Any) -> None:
-        assign(self._tracer("input").recording, self.input, value)
+        assign(self._tracer(self._inputs).recording, self.input, value)
 
     @property
     def calls(self) -> Calls:
@@ -181,24 +182,25 @@ class Envoy:
         return envoy
 
     def __getitem__(self, index: Any) -> Any:
-        module = self._root.submodule(self._path)
+        root, path = self._root, self._path
+        module = root.submodule(path)
+        names = list(module._modules)
+        if type(index) is int:
+            try:
+                name = names[index]
+            except IndexError:
+                kind = type(module).__name__
+                raise UnknownModuleError.index(path, kind, index, len(names)) from None
+            envoy = root._envoys.get(f"{path}.{name}" if path else name)
+            return envoy if envoy is not None else self.get(name)
         if isinstance(index, str):
             return self.get(index)
-        names = list(module._modules)
         if isinstance(index, slice):
             return [self.get(name) for name in names[index]]
-        try:
-            name = names[index]
-        except IndexError:
-            kind = type(module).__name__
-            raise UnknownModuleError.index(self._path, kind, index, len(names)) from None
-        except TypeError:
-            raise OperationError(
-                f"`{self._path}` is a module and is indexed by number or name; for its value write "
-                f"`{self._path}.output[...]`."
-            ) from None
-        path = f"{self._path}.{name}" if self._path else name
-        return self._root._envoys.get(path) or self.get(name)
+        raise OperationError(
+            f"`{path}` is a module and is indexed by number or name; for its value write "
+            f"`{path}.output[...]`."
+        )
 
     def __len__(self) -> int:
         return len(self._root.submodule(self._path)._modules)

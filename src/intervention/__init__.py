@@ -2,6 +2,7 @@
 
 from .patcher import Patcher
 from .plan import Plan, arrivals, plan
+from .rows import splits
 from .run import Run, Stop, no_grad
 from .schedule import Schedule, measure
 from .shapes import Shapes, Structure
@@ -18,4 +19,5 @@ __all__ = [
     "measure",
     "no_grad",
     "plan",
+    "splits",
 ]

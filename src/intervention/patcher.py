@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import get_ident
 from types import TracebackType
 from typing import Any
 
@@ -67,15 +68,26 @@ class Patcher:
                 handle.remove()
 
 
+# Arrivals of another thread's forward, or of a module applied by hand, are not the run's.
+
+
 def _output_hook(run: Run, site: Site) -> Callable[..., Any]:
+    arrive, thread = run.arrive, run.thread
+
     def hook(_module: Any, _args: Any, output: Any) -> Any:
-        return run.arrive(site, output) if run.listens() else None
+        if run.suspended or get_ident() != thread:
+            return None
+        return arrive(site, output)
 
     return hook
 
 
 def _inputs_hook(run: Run, site: Site) -> Callable[..., Any]:
+    arrive, thread = run.arrive, run.thread
+
     def hook(_module: Any, args: Any, kwargs: Any) -> Any:
-        return run.arrive(site, (args, kwargs)) if run.listens() else None
+        if run.suspended or get_ident() != thread:
+            return None
+        return arrive(site, (args, kwargs))
 
     return hook

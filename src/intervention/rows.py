@@ -116,6 +116,11 @@ def narrow(value: Any, axes: Any, place: Place, rows: int, each: int) -> Any:
             return Opaque("it was not seen when the model's structure was measured")
         if any(axis.role == UNKNOWN for axis in axes.axes):
             return Opaque("its axes are neither batch nor token nor fixed")
+        if any(
+            axis.role == BATCH and size != axis.factor * rows
+            for axis, size in zip(axes.axes, value.shape, strict=True)
+        ):
+            return Opaque("it has another number of rows than the batch")
         part = region(value, axes, place, rows, each)
         if part.ndim != value.ndim:
             for dimension, axis in enumerate(axes.axes):
@@ -129,12 +134,32 @@ def narrow(value: Any, axes: Any, place: Place, rows: int, each: int) -> Any:
         return value
     parts = children(value)
     if parts is None:
-        return value
+        # A cache, say: it holds the tokens of all prompts. A function or a class holds none.
+        return value if callable(value) else Opaque("it belongs to the whole batch")
     known = matching(value, axes)
     return rebuild(
         value,
         [narrow(part, sub, place, rows, each) for part, sub in zip(parts, known, strict=True)],
     )
+
+
+def splits(axes: Any, padded: bool) -> bool:
+    """True if a value with these axes can be split into the parts of the prompts of a batch.
+
+    Args:
+        axes: a structure of TensorAxes.
+        padded: prompts of different lengths are in the batch.
+    """
+    if isinstance(axes, TensorAxes):
+        tokens = [axis for axis in axes.axes if axis.role == TOKEN]
+        if any(axis.role == UNKNOWN for axis in axes.axes):
+            return False
+        # Without a batch axis, every prompt would see the same places: those of the longest one.
+        return not (padded and tokens) or (
+            axes.has_batch and all(axis.factor == 1 for axis in tokens)
+        )
+    parts = None if type(axes) in ATOMS else children(axes)
+    return parts is None or all(splits(part, padded) for part in parts)
 
 
 def matching(value: Any, axes: Any) -> list[Any]:
@@ -166,7 +191,7 @@ def put(value: Any, before: Any, after: Any, axes: Any, place: Place, rows: int,
     Raises:
         Misfit: the part has another structure or shape than it had.
     """
-    if after is before:
+    if after is before or isinstance(after, Opaque):
         return value
     if isinstance(value, torch.Tensor):
         check(before, after)

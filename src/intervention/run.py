@@ -79,7 +79,7 @@ class Run:
         self._schedule = schedule
         self._call_module = call_module
         self._interpreter = Interpreter(self.values, self._apply_module, parameter)
-        self._thread = threading.get_ident()
+        self.thread = threading.get_ident()
         self._done = bytearray(count)
         self._ready: list[int] = []
         self._remaining = [len(users) if users else 0 for users in plan.users]
@@ -166,7 +166,7 @@ class Run:
 
     def listens(self) -> bool:
         """False for arrivals that are another thread's or belong to a module applied by hand."""
-        return not self.suspended and threading.get_ident() == self._thread
+        return not self.suspended and threading.get_ident() == self.thread
 
     # ---------------------------------------------------------------- the one door
 
@@ -276,9 +276,9 @@ class Run:
         self._done[index] = 1
         boxes = self._boxes.get(index)
         if boxes is not None:
-            keep = _owns(node, self.plan.users[index])
+            keep = node.kind == CALL and len(boxes) == 1 and _owns(node, self.plan.users[index])
             for box in boxes:
-                box.value = value if keep and len(boxes) == 1 else snapshot(value)
+                box.value = value if keep else snapshot(value)
                 box.full = True
         users = self.plan.users[index]
         if users:
@@ -375,8 +375,8 @@ class Run:
 
 
 def _owns(node: Node, users: list[Node] | None) -> bool:
-    """True if the value of `node` is new memory that nothing else will hold or change."""
-    if node.kind != CALL or not node.target.fresh:
+    """True if the value of `node`, a CALL, is new memory that nothing else will hold or change."""
+    if not node.target.fresh:
         return False
     return all(
         user.kind == CALL

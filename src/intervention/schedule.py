@@ -62,6 +62,7 @@ class Schedule:
 def measure(
     module: torch.nn.Module,
     make_inputs: Callable[[int, int], tuple[tuple[Any, ...], dict[str, Any]]],
+    sorts: Callable[[torch.nn.Module], bool] = lambda module: False,
 ) -> Schedule:
     """Run `module` twice on fake tensors and compare.
 
@@ -69,12 +70,15 @@ def measure(
         module: a skeleton on the meta device, or a real module.
         make_inputs: called under the fake mode with (batch, tokens); gives args and kwargs of the
             forward.
+        sorts: true for modules that bring the tokens of the batch into an order that depends on the
+            data, as experts do. What is inside them belongs to no prompt, and is not in the schedule.
 
     Raises:
         ScheduleError: the module cannot be run on fake tensors.
     """
     try:
         first, second = (_arrivals(module, make_inputs, *size) for size in SIZES)
+        inside = tuple(f"{path}." for path, child in module.named_modules() if sorts(child))
     except GraftworkError:
         raise
     except Exception as error:
@@ -87,6 +91,7 @@ def measure(
     visits = {
         key: Visit(order, _compare(value, other))
         for order, ((key, value), (_, other)) in enumerate(zip(first, second, strict=True))
+        if not inside or not key[0].startswith(inside)
     }
     return Schedule(visits)
 

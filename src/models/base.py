@@ -24,11 +24,13 @@ from ..intervention import (
     measure,
     no_grad,
     plan,
+    splits,
 )
 from ..intervention.patcher import at_path
 from ..intervention.plan import Pass
 from ..tracing.context import Tracer
 from ..tracing.errors import BlockError, InputError, LoadError, ScheduleError, UnknownModuleError
+from ..tracing.node import READ, WRITE, HookPoint
 from ..tracing.structure import leaves, map_leaves
 from .loading import meta_copy
 
@@ -127,12 +129,18 @@ class Model(Envoy):
         with self._lock:
             if self._schedule is None:
                 try:
-                    self._schedule = measure(self.skeleton(), self._trial_inputs)
+                    self._schedule = measure(
+                        self.skeleton(), self._trial_inputs, self._sorts_tokens
+                    )
                 except ScheduleError as error:
                     self._schedule = error
             if isinstance(self._schedule, ScheduleError):
                 raise self._schedule
             return self._schedule
+
+    def _sorts_tokens(self, module: torch.nn.Module) -> bool:
+        """True if what is inside `module` has the batch's tokens in an order that depends on them."""
+        return False
 
     def _trial_inputs(self, batch: int, tokens: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         example = self._example
@@ -237,10 +245,33 @@ class Model(Envoy):
             return [wave] if wave else []
         if not self._can_batch():
             return [[index] for index in wave]
+        apart = self._apart(tracer, wave)
         groups: dict[Any, list[int]] = {}
         for index in wave:
-            groups.setdefault(self._shape_class(tracer.invokes[index].prompt), []).append(index)
+            alike = self._shape_class(tracer.invokes[index].prompt) if index not in apart else None
+            groups.setdefault((alike, index if alike is None else -1), []).append(index)
         return list(groups.values())
+
+    def _apart(self, tracer: Tracer, wave: list[int]) -> set[int]:
+        """The invokes that use a value which cannot be split into prompts: they run alone."""
+        schedule = self.schedule()
+        members = set(wave)
+        padded = len({n for i in wave for n in tracer.invokes[i].prompt.lengths}) > 1
+        known: dict[HookPoint, bool] = {}
+        apart: set[int] = set()
+        for node in tracer.graph.nodes:
+            if node.kind not in (READ, WRITE) or node.invoke not in members:
+                continue
+            can = known.get(node.target)
+            if can is None:
+                visit = schedule.find(node.target)
+                can = node.target.port == "result" or (
+                    visit is not None and splits(visit.axes, padded)
+                )
+                known[node.target] = can
+            if not can:
+                apart.add(node.invoke)
+        return apart
 
     def _can_batch(self) -> bool:
         try:
@@ -293,7 +324,16 @@ class Model(Envoy):
         return module.forward(*args, **kwargs)
 
     def _parameter(self, path: str) -> torch.Tensor:
-        return _tensor_at(self.load(), path)
+        found = _tensor_at(self.load(), path)
+        if not found.is_meta:
+            return found
+        # Offloaded: the weights are on the meta device except while the module runs.
+        from accelerate.utils import align_module_device
+
+        place, _, name = path.rpartition(".")
+        owner = self.submodule(place)
+        with align_module_device(owner):
+            return getattr(owner, name).detach().clone()  # type: ignore[no-any-return]
 
     def __repr__(self) -> str:
         return repr(self.tree())
@@ -307,10 +347,11 @@ def _clone(leaf: Any) -> Any:
 
 
 def _tensor_at(module: torch.nn.Module, path: str) -> torch.Tensor:
-    owner, _, name = path.rpartition(".")
-    found = getattr(at_path(module, owner), name, None)
+    place, _, name = path.rpartition(".")
+    owner = at_path(module, place)
+    found = getattr(owner, name, None)
     if not isinstance(found, torch.Tensor):
-        raise UnknownModuleError.child(owner, type(module).__name__, name, [])
+        raise UnknownModuleError.child(place, type(owner).__name__, name, owner._parameters)
     return found
 
 

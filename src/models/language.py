@@ -13,7 +13,7 @@ from ..envoy import Alias
 from ..intervention import Plan, Run
 from ..tracing.context import Tracer
 from ..tracing.errors import InputError, LoadError
-from .architectures import alias_of, pads_without_positions
+from .architectures import IDS, POSITIONS, alias_of, padding_of
 from .base import Model, accepts
 from .loading import Checkpoint
 from .prompts import PER_TOKEN, Reader, TextPrompt, batch
@@ -21,6 +21,7 @@ from .prompts import PER_TOKEN, Reader, TextPrompt, batch
 logger = logging.getLogger("graftwork")
 
 _REMOTE = ("remote", "server")
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 class LanguageModel(Model):
@@ -89,10 +90,18 @@ class LanguageModel(Model):
                 f"LanguageModel takes a hub id, a folder or a module, not {type(source).__name__}."
             )
         self.tokenizer = tokenizer
-        self._reader = Reader(tokenizer, self._context(), self._vocabulary(), name)
         forward = self.tree().forward
-        self._takes_positions = accepts(forward, "position_ids")
         self._takes_mask = accepts(forward, "attention_mask")
+        self._padding = padding_of(self.config) if self._takes_mask else None
+        self._takes_positions = self._padding == POSITIONS and accepts(forward, "position_ids")
+        self._reader = Reader(
+            tokenizer,
+            self._context(),
+            self._vocabulary(),
+            name,
+            pad=self.config.pad_token_id if self._padding == IDS else None,
+            pads=self._padding is not None,
+        )
         self._keeps_logits = accepts(forward, "logits_to_keep")
 
     def _start(self, skeleton: torch.nn.Module) -> None:
@@ -158,6 +167,14 @@ class LanguageModel(Model):
 
     # ---------------------------------------------------------------- structure
 
+    def skeleton(self) -> torch.nn.Module:
+        fresh = self._skeleton is None
+        skeleton = super().skeleton()
+        if fresh and any(hasattr(self.config, name) for name in _EXPERTS):
+            # The other implementations have shapes that depend on data, or fake kernels for bf16 only.
+            skeleton.set_experts_implementation("batched_mm")  # type: ignore[operator]
+        return skeleton
+
     def _trial_inputs(self, batch: int, tokens: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         def whole() -> torch.Tensor:
             return torch.zeros(batch, tokens, dtype=torch.long, device="meta")
@@ -170,6 +187,10 @@ class LanguageModel(Model):
         if self.config.is_encoder_decoder:
             inputs["decoder_input_ids"] = whole()
         return (), inputs
+
+    def _sorts_tokens(self, module: torch.nn.Module) -> bool:
+        # Every class of experts that transformers can switch between implementations has this mark.
+        return hasattr(module, "_is_expert_parallel")
 
     # ---------------------------------------------------------------- blocks
 
@@ -222,13 +243,13 @@ class LanguageModel(Model):
         return super().execute(tracer)
 
     def _shape_class(self, prompt: Any) -> Any:
-        kinds = tuple(sorted(prompt.inputs))
-        padded = self._takes_mask and (self._takes_positions or pads_without_positions(self.config))
-        return (
-            kinds
-            if padded
-            else (kinds, prompt.width, any(n != prompt.width for n in prompt.lengths))
-        )
+        other = {k: id(v) if isinstance(v, torch.Tensor) else v for k, v in prompt.other.items()}
+        kinds = (*sorted(prompt.inputs), repr(other))
+        # Without ids there is nothing to count positions from but the places in the batch.
+        counted = self._padding == IDS and "inputs_embeds" in prompt.inputs
+        if self._padding is not None and not counted:
+            return kinds
+        return kinds, prompt.width, any(n != prompt.width for n in prompt.lengths)
 
     def _forward(self, tracer: Tracer, module: torch.nn.Module, prompts: list[TextPrompt]) -> Any:
         positions = self._takes_positions and not tracer.generates

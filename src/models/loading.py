@@ -35,6 +35,19 @@ _HUB_OPTIONS = (
 )  # fmt: skip
 
 
+class _Once(logging.Filter):
+    """Lets each message through once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        first = str(record.msg) not in self._seen
+        self._seen.add(str(record.msg))
+        return first
+
+
 def folder_of(name: str) -> str:
     """The folder of a model that ships with the package, or the name itself."""
     return str(Path(__file__).parent / "tiny") if name == TINY else name
@@ -68,6 +81,8 @@ def weights_dtype(dtype: Any, device_map: Any) -> dict[str, Any]:
     from transformers import BitsAndBytesConfig
 
     if dtype == "int8":
+        # It warns at every layer of every forward that activations are cast, which is what int8 does.
+        logging.getLogger("bitsandbytes.autograd._functions").addFilter(_Once())
         config = BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
     else:
         # Without a GPU there are no fast bf16 kernels, and bf16 would only lose digits.
@@ -136,11 +151,14 @@ class Checkpoint:
         from transformers import AutoTokenizer
 
         try:
-            return AutoTokenizer.from_pretrained(self._folder, padding_side="left", **self.hub)
+            tokenizer = AutoTokenizer.from_pretrained(
+                self._folder, padding_side="left", **self.hub
+            )
         except (OSError, ValueError, KeyError, TypeError) as error:
             # Reported where a string prompt needs it: models are also run on token ids alone.
             logger.info("no tokenizer for %r: %s", self.name, error)
             return None
+        return None if _is_blank(tokenizer) else tokenizer
 
     def skeleton(self) -> torch.nn.Module:
         """The module tree on the meta device."""
@@ -171,6 +189,17 @@ class Checkpoint:
         except OSError as error:
             raise LoadError(self._not_found(error)) from error
         return module.eval()  # type: ignore[no-any-return]
+
+
+def _is_blank(tokenizer: Any) -> bool:
+    """True for the empty tokenizer that transformers makes up where a folder has no tokenizer files.
+
+    It knows its special tokens (and at most a word separator) and turns every text into nothing.
+    """
+    if len(tokenizer) > 256:
+        return False
+    special = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
+    return len(set(tokenizer.get_vocab()) - special) <= 1
 
 
 def model_class(config: Any) -> Any:

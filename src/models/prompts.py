@@ -58,18 +58,30 @@ class Reader:
         tokenizer: for strings; None refuses them.
         limit: longest prompt in tokens that the model's position table holds, None without one.
         vocabulary: number of token ids.
+        pads: rows of different lengths may share a forward of this model.
     """
 
     def __init__(
-        self, tokenizer: Any, limit: int | None, vocabulary: int | None, name: str
+        self,
+        tokenizer: Any,
+        limit: int | None,
+        vocabulary: int | None,
+        name: str,
+        pad: int | None = None,
+        pads: bool = True,
     ) -> None:
         self.tokenizer = tokenizer
         self.limit = limit
         self.vocabulary = vocabulary
         self.name = name
+        self.pads = pads
+        self._known_pad = pad
 
     @property
     def pad(self) -> int:
+        """Token id that fills the padding."""
+        if self._known_pad is not None:
+            return self._known_pad
         for owner in ("pad_token_id", "eos_token_id"):
             known = getattr(self.tokenizer, owner, None)
             if isinstance(known, int):
@@ -179,6 +191,12 @@ class Reader:
     def _pad(self, ids: list[torch.Tensor]) -> dict[str, Any]:
         if any(row.numel() == 0 for row in ids):
             raise InputError("a prompt of the list is empty: it has no tokens.")
+        if not self.pads and len({row.numel() for row in ids}) > 1:
+            raise InputError(
+                f"a list of prompts of {sorted({row.numel() for row in ids})} tokens would need padding, "
+                f"and {self.name} is not known to compute the same with it. Give each prompt an invoke "
+                "of its own."
+            )
         return {
             "input_ids": pad_left(ids, self.pad),
             "attention_mask": pad_left([torch.ones_like(row) for row in ids], 0),

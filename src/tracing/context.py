@@ -236,13 +236,15 @@ def read_in(
     return proxy
 
 
-def read(tracer: Tracer, path: str, port: str, call: int, kind: type[Proxy] = Proxy) -> Proxy:
-    """`read_in` for the open invoke and step.
+def read(tracer: Tracer, hook_point: HookPoint, kind: type[Proxy] = Proxy) -> Proxy:
+    """`read_in` for the open invoke, at its step.
 
     Raises:
         BlockError: no invoke is open.
     """
     recording = tracer.recording
     if recording.invoke < 0:
-        raise BlockError.no_invoke(f"{path}.{port}" if path else port)
-    return read_in(recording, recording.invoke, HookPoint(path, port, recording.step, call), kind)
+        raise BlockError.no_invoke(str(hook_point))
+    if recording.step:
+        hook_point = hook_point._replace(step=recording.step)
+    return read_in(recording, recording.invoke, hook_point, kind)

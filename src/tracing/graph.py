@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from .node import CALL, MODULE, PARAMETER, READ, WRITE, Captured, HookPoint, Node, user_line
+from .node import CALL, MODULE, PARAMETER, READ, WRITE, Captured, HookPoint, Node, user_frame
 from .structure import ATOMS, leaves
 
 
@@ -48,7 +48,8 @@ class Graph:
         invoke: int = -1,
     ) -> Node:
         """Record a node at the user's current line."""
-        file, line = user_line(2)
+        frame = user_frame(3)
+        file, line = frame.f_code.co_filename, frame.f_lineno
         nodes = self.nodes
         node = Node(len(nodes), kind, target, args, kwargs or {}, invoke, file, line)
         nodes.append(node)

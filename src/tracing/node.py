@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -32,25 +33,40 @@ _SRC = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _NOT_THE_USER = (
     *(os.path.join(_SRC, room) + os.sep for room in ("tracing", "envoy", "intervention", "models")),
     os.path.dirname(os.path.abspath(torch.__file__)) + os.sep,
-    os.sep + os.path.join("site-packages", "einops") + os.sep,
 )
+_EINOPS = os.sep + os.path.join("site-packages", "einops") + os.sep
 
 
-def user_line(depth: int = 1) -> Location:
-    """File and line of the nearest frame that is neither ours nor torch's.
+# Asked for every node, so remembered by file name.
+_ours: dict[str, bool] = {}
+
+
+def _is_ours(file: str) -> bool:
+    ours = _ours[file] = file.startswith(_NOT_THE_USER) or _EINOPS in file
+    return ours
+
+
+def user_frame(depth: int) -> FrameType:
+    """The nearest frame that is neither ours nor torch's, from `depth` frames above the caller.
 
     One frame walk, no stack capture: capturing stacks was two thirds of the recording cost of an
     earlier library of this field.
     """
-    frame = sys._getframe(depth)
-    first = frame
-    while True:
-        name = frame.f_code.co_filename
-        if not name.startswith(_NOT_THE_USER) and _NOT_THE_USER[-1] not in name:
-            return Location(name, frame.f_lineno)
-        if frame.f_back is None:
-            return Location(first.f_code.co_filename, first.f_lineno)
+    first = sys._getframe(depth)
+    frame: FrameType | None = first
+    while frame is not None:
+        file = frame.f_code.co_filename
+        ours = _ours.get(file)
+        if ours is False or (ours is None and not _is_ours(file)):
+            return frame
         frame = frame.f_back
+    return first
+
+
+def user_line(depth: int = 1) -> Location:
+    """File and line of `user_frame`."""
+    frame = user_frame(depth + 1)
+    return Location(frame.f_code.co_filename, frame.f_lineno)
 
 
 class HookPoint(NamedTuple):

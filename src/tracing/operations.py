@@ -210,7 +210,7 @@ def _reflect(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
 
 
 def _in_place(function: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda value, *args, **kwargs: function(_clone(value), *args, **kwargs)
+    return lambda value, /, *args, **kwargs: function(_clone(value), *args, **kwargs)
 
 
 def operators() -> dict[str, Operation]:
@@ -244,7 +244,7 @@ def _methods() -> dict[str, Operation]:
         if name.startswith("_") or not callable(getattr(torch.Tensor, name)):
             continue
 
-        def function(value: Any, *args: Any, _name: str = name, **kwargs: Any) -> Any:
+        def function(value: Any, /, *args: Any, _name: str = name, **kwargs: Any) -> Any:
             method = getattr(value, _name, None)
             if method is None:
                 raise AttributeError(f"{type(value).__name__} has no method `{_name}`")

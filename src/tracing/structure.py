@@ -19,20 +19,20 @@ ATOMS = frozenset(
 
 def rebuild(container: Any, items: list[Any]) -> Any:
     """A container like `container` with `items` in the order of `children`."""
-    kind: Any = type(container)
+    kind = type(container)
     if kind is tuple or kind is list:
         return kind(items)
     if kind is slice:
         return slice(*items)
-    if issubclass(kind, tuple):
+    if isinstance(container, tuple):
         # Named tuples take fields one by one; torch.return_types take one sequence.
         return kind(*items) if hasattr(container, "_fields") else kind(items)
-    if issubclass(kind, list):
-        return kind(items)
     if isinstance(container, dict):
         pairs = dict(zip(container.keys(), items, strict=True))
         # A ModelOutput is a dict and a dataclass; its constructor sets both from keywords.
         return kind(**pairs) if dataclasses.is_dataclass(container) else kind(pairs)
+    if isinstance(container, list):
+        return kind(items)
     changed = copy.copy(container)
     for field, item in zip(dataclasses.fields(container), items, strict=True):
         object.__setattr__(changed, field.name, item)

@@ -1,5 +1,5 @@
 """One file an architecture, and the registry that finds them."""
 
-from .registry import alias_of, pads_without_positions
+from .registry import IDS, POSITIONS, alias_of, padding_of
 
-__all__ = ["alias_of", "pads_without_positions"]
+__all__ = ["IDS", "POSITIONS", "alias_of", "padding_of"]
