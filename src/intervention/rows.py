@@ -172,52 +172,79 @@ def matching(value: Any, axes: Any) -> list[Any]:
 
 
 class Misfit(Exception):
-    """A part does not fit the whole. The caller knows the user's line and says it."""
+    """A part does not fit the whole. The caller knows the user's line and says it.
 
-    def __init__(self, expected: str, found: str, shared: bool = False) -> None:
+    Attributes:
+        owner: who changed the part, as given to `put`.
+        shared: the whole has no rows of its own for each prompt.
+    """
+
+    def __init__(self, expected: str, found: str, owner: Any = None, shared: bool = False) -> None:
         super().__init__(expected, found)
         self.expected = expected
         self.found = found
+        self.owner = owner
         self.shared = shared
 
 
-def put(value: Any, before: Any, after: Any, axes: Any, place: Place, rows: int, each: int) -> Any:
-    """`value` with one invoke's part replaced; the original stays as it is.
+@dataclasses.dataclass(frozen=True, slots=True)
+class Change:
+    """One invoke's part of a value, as it was and as it is to be."""
+
+    before: Any
+    after: Any
+    place: Place
+    owner: Any
+
+    def part(self, value: Any, i: int) -> Change:
+        """The change of the ith part of `value`."""
+        old = _children_like(value, self.before, self.owner)
+        new = _children_like(value, self.after, self.owner)
+        return Change(old[i], new[i], self.place, self.owner)
+
+
+def put(value: Any, changes: list[Change], axes: Any, rows: int, each: int) -> Any:
+    """`value` with the parts of several invokes replaced; the original stays as it is.
 
     Args:
         value: a value of the whole batch.
-        before, after: the part as it was and as it is to be.
+        axes: the same structure of TensorAxes, from the schedule.
 
     Raises:
-        Misfit: the part has another structure or shape than it had.
+        Misfit: a part has another structure or shape than it had.
     """
-    if after is before or isinstance(after, Opaque):
+    changes = [change for change in changes if change.after is not change.before]
+    if not changes:
         return value
     if isinstance(value, torch.Tensor):
-        check(before, after)
         if not isinstance(axes, TensorAxes) or not axes.has_batch:
-            raise Misfit("", "", shared=True)
+            raise Misfit("", "", changes[0].owner, shared=True)
         changed = value.clone()
-        target = region(changed, axes, place, rows, each)
-        target.copy_(after.reshape(target.shape))
+        for change in changes:
+            check(change.before, change.after, change.owner)
+            target = region(changed, axes, change.place, rows, each)
+            target.copy_(change.after.reshape(target.shape))
         return changed
     parts = children(value)
     if type(value) in ATOMS or parts is None:
-        if type(after) in ATOMS and after == before:
-            return value
-        raise Misfit("", "", shared=True)
-    old, new = _children_like(value, before), _children_like(value, after)
+        for change in changes:
+            if type(change.after) not in ATOMS or change.after != change.before:
+                raise Misfit("", "", change.owner, shared=True)
+        return value
     known = matching(value, axes)
     return rebuild(
         value,
-        [put(part, old[i], new[i], known[i], place, rows, each) for i, part in enumerate(parts)],
+        [
+            put(part, [change.part(value, i) for change in changes], known[i], rows, each)
+            for i, part in enumerate(parts)
+        ],
     )
 
 
-def _children_like(value: Any, other: Any) -> list[Any]:
+def _children_like(value: Any, other: Any, owner: Any = None) -> list[Any]:
     mine, theirs = children(value), children(other)
     if mine is None or theirs is None or len(mine) != len(theirs):
-        raise Misfit(type(value).__name__, type(other).__name__)
+        raise Misfit(type(value).__name__, type(other).__name__, owner)
     return theirs
 
 
@@ -239,11 +266,12 @@ def fit(before: Any, after: Any) -> Any:
     return rebuild(before, [fit(b, a) for b, a in zip(mine, theirs, strict=True)])
 
 
-def check(before: Any, after: Any) -> None:
+def check(before: torch.Tensor, after: Any, owner: Any = None) -> None:
+    """Raise Misfit unless `after` is a tensor of the shape of `before`."""
     if not isinstance(after, torch.Tensor):
-        raise Misfit(f"a tensor {list(before.shape)}", type(after).__name__)
+        raise Misfit(f"a tensor {list(before.shape)}", type(after).__name__, owner)
     if after.shape != before.shape:
-        raise Misfit(f"{list(before.shape)}", f"{list(after.shape)}")
+        raise Misfit(f"{list(before.shape)}", f"{list(after.shape)}", owner)
 
 
 def map_axes(function: Callable[[TensorAxes], Any], axes: Any) -> Any:

@@ -19,9 +19,9 @@ from ..tracing.graph import Box, Graph, arguments
 from ..tracing.interpreter import Interpreter
 from ..tracing.node import CALL, READ, WRITE, HookPoint, Node
 from ..tracing.operations import APPLY, PUT, VIEW
-from ..tracing.structure import snapshot
+from ..tracing.structure import leaves, map_leaves, snapshot
 from .plan import Arrival, Pass, Plan
-from .rows import BATCH, TOKEN, Axis, Misfit, Place, TensorAxes, fit, narrow, put
+from .rows import BATCH, TOKEN, Axis, Change, Misfit, Place, TensorAxes, fit, narrow, put
 from .schedule import Schedule
 
 #: Token ids, as an entry point returns them: [row, token].
@@ -93,6 +93,7 @@ class Run:
                 self._waiting[node.index] = needed
                 if not needed:
                     self._ready.append(node.index)
+        self._kept: list[int] = []  # bound since the last arrival, and maybe still needed
         self._unwritten = {node.index for node in graph.writes.values()}
         self._extents: dict[int, tuple[int, int]] = {}
         self._finished: set[int] = set()
@@ -248,28 +249,63 @@ class Run:
             self._bind(node, part)
         if self._ready:
             self._drain()
-        if not writes:
-            return None
-        result = value
+        result = self._written(writes, value, parts, places, axes) if writes else None
+        if self._kept:
+            self._detach(value)
+        return result
+
+    def _written(
+        self,
+        writes: list[Node],
+        value: Any,
+        parts: dict[int, Any],
+        places: dict[int, Place] | None,
+        axes: Any,
+    ) -> Any:
+        """`value` with the last write of each invoke in its place."""
+        changes, result = [], value
         for node in writes:
             if not self._done[node.index]:
                 raise self._too_late(node)
             after = self.values[node.index]
             self.values[node.index] = None
             self._unwritten.discard(node.index)
+            if places is not None:
+                place = places[node.invoke]
+                before = parts.get(node.invoke)
+                if before is None:
+                    before = narrow(value, axes, place, self._rows, self._each)
+                changes.append(Change(before, after, place, node))
+                continue
             try:
-                if places is None:
-                    result = fit(result, after)
-                else:
-                    place = places[node.invoke]
-                    if node.invoke in parts:
-                        before = parts[node.invoke]
-                    else:
-                        before = narrow(value, axes, place, self._rows, self._each)
-                    result = put(result, before, after, axes, place, self._rows, self._each)
+                result = fit(result, after)
             except Misfit as misfit:
                 raise self._misfit(node, misfit) from None
+        if places is not None:
+            try:
+                result = put(value, changes, axes, self._rows, self._each)
+            except Misfit as misfit:
+                raise self._misfit(misfit.owner, misfit) from None
         return result
+
+    def _detach(self, value: Any) -> None:
+        """Copy what is still needed after this arrival and lies in the model's own memory: the model
+        may write there later, and a part would keep the whole batch alive."""
+        arrived = {
+            leaf.untyped_storage().data_ptr()
+            for leaf in leaves(value)
+            if isinstance(leaf, torch.Tensor)
+        }
+
+        def copy(leaf: Any) -> Any:
+            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage().data_ptr() in arrived:
+                return leaf.clone()
+            return leaf
+
+        for index in self._kept:
+            if self._remaining[index]:
+                self.values[index] = map_leaves(copy, self.values[index])
+        self._kept.clear()
 
     def _bind(self, node: Node, value: Any) -> None:
         index = node.index
@@ -283,6 +319,7 @@ class Run:
         users = self.plan.users[index]
         if users:
             self.values[index] = value
+            self._kept.append(index)
             waiting = self._waiting
             for user in users:
                 waiting[user.index] -= 1
@@ -312,13 +349,21 @@ class Run:
     # ---------------------------------------------------------------- what went wrong
 
     def _missing(self, node: Node) -> Node | None:
-        """A read that `node` depends on and that has not arrived."""
-        if self._done[node.index]:
-            return None
-        if node.kind == READ:
-            return node
-        found = (self._missing(argument) for argument in arguments(node))
-        return next((read for read in found if read is not None), None)
+        """The first read that `node` depends on and that has not arrived."""
+        missing: list[Node] = []
+        seen = {node.index}
+        stack = [node]
+        while stack:
+            one = stack.pop()
+            if self._done[one.index]:
+                continue
+            if one.kind == READ:
+                missing.append(one)
+            for argument in arguments(one):
+                if argument.index not in seen:
+                    seen.add(argument.index)
+                    stack.append(argument)
+        return min(missing, key=lambda read: read.index, default=None)
 
     def _too_late(self, write: Node) -> Exception:
         read = self._missing(write)

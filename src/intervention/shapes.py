@@ -25,11 +25,16 @@ class Prompt(Protocol):
     """What a model made of the arguments of one invoke.
 
     Attributes:
-        lengths: own tokens of each of its rows; the longest one sets its width. Zeros where the
-            model has no tokens.
+        spans: where the tokens of each of its rows begin and end; outside is padding. Zeros where
+            the model has no tokens.
+        width: tokens of a row with its padding.
     """
 
-    lengths: list[int]
+    @property
+    def spans(self) -> list[tuple[int, int]]: ...
+
+    @property
+    def width(self) -> int: ...
 
 
 class Structure(Protocol):
@@ -42,6 +47,9 @@ class Structure(Protocol):
     def meta_parameter(self, path: str) -> torch.Tensor: ...
 
     def planned_device(self) -> torch.device: ...
+
+    def keeps_cache(self, tracer: Tracer) -> bool:
+        """False if every forward of the generation sees all tokens so far."""
 
 
 class Shapes:
@@ -62,23 +70,30 @@ class Shapes:
     def device(self) -> torch.device:
         return self._structure.planned_device()
 
-    def _lengths(self, node: Node) -> list[int]:
-        """Tokens of each row that the invoke of `node` sees."""
+    def _spans(self, node: Node, step: int) -> tuple[list[tuple[int, int]], int]:
+        """Where the tokens of each row that the invoke of `node` sees lie, and the width of a row."""
         invokes = self._tracer.invokes
         invoke = max(node.invoke, 0)
         prompt = invokes[invoke].prompt if invoke < len(invokes) else None
         prompts = [prompt] if prompt is not None else [i.prompt for i in invokes if i.prompt]
-        return [length for p in prompts for length in p.lengths]
+        if step and self._structure.keeps_cache(self._tracer):
+            return [(0, 1)] * sum(len(p.spans) for p in prompts), 1
+        width = max((p.width for p in prompts), default=0)
+        spans = [
+            (start + width - p.width, stop + width - p.width + step)
+            for p in prompts
+            for start, stop in p.spans
+        ]
+        return spans, width + step
 
     def _size(self, node: Node) -> tuple[int, int]:
-        lengths = self._lengths(node)
         hook_point: HookPoint = node.target
+        spans, tokens = self._spans(node, hook_point.step)
         beams = 1
         if self._tracer.generates:
             names = ("num_beams", "num_return_sequences")
             beams = max(int(self._tracer.kwargs.get(name) or 1) for name in names)
-        tokens = 1 if hook_point.step else max(lengths, default=0)
-        return len(lengths) * beams, tokens
+        return len(spans) * beams, tokens
 
     def token_axis(self, node: Node) -> int:
         """Which axis of the value of `node` counts tokens.
@@ -107,7 +122,8 @@ class Shapes:
 
     def _axis_of_length(self, node: Node) -> int:
         value = self.value(node)
-        tokens = max(self._lengths(node), default=0)
+        hook_point = _origin(node)
+        _, tokens = self._spans(node, hook_point.step if hook_point is not None else 0)
         if isinstance(value, torch.Tensor):
             found = [i for i, size in enumerate(value.shape) if size == tokens]
             if len(found) == 1:
@@ -125,31 +141,39 @@ class Shapes:
         """
         axis = self.token_axis(node)
         hook_point = _origin(node)
-        lengths = self._lengths(node)
-        if hook_point is not None and hook_point.step:
-            lengths = [1] * len(lengths)
+        spans, width = self._spans(node, hook_point.step if hook_point is not None else 0)
         if type(key) is int:
-            for length in lengths:
-                if not -length <= key < length:
-                    raise InputError(f"`.t[{key}]`: the prompt has {length} tokens.")
-        width = max(lengths, default=0)
-        if all(length == width for length in lengths) or not isinstance(key, (int, slice)):
+            for start, stop in spans:
+                if not start - stop <= key < stop - start:
+                    raise InputError(f"`.t[{key}]`: the prompt has {stop - start} tokens.")
+        if not isinstance(key, (int, slice)) and spans != [(0, width)] * len(spans):
+            raise OperationError("`.t` on a prompt with padding takes a position or a slice.")
+        if len(set(spans)) <= 1:
+            start, stop = spans[0] if spans else (0, width)
+            if (start, stop) != (0, width):
+                key = _shifted(key, start, stop)
             return (*(slice(None),) * axis, key)
         if axis != 1:
             raise OperationError("`.t` on prompts of different lengths needs [batch, token, …].")
-        starts = [width - length for length in lengths]
-        rows = list(range(len(lengths)))
+        rows = list(range(len(spans)))
         if isinstance(key, int):
-            pairs = zip(starts, lengths, strict=True)
-            return rows, [start + key % length for start, length in pairs]
-        taken = [list(range(*key.indices(length))) for length in lengths]
-        if len({len(t) for t in taken}) > 1:
+            return rows, [_shifted(key, *span) for span in spans]
+        places = [list(range(start, stop))[key] for start, stop in spans]
+        if len({len(taken) for taken in places}) > 1:
             raise OperationError(
-                f"`.t[{key}]` takes {sorted({len(t) for t in taken})} tokens from prompts of lengths "
-                f"{sorted(set(lengths))}; give each prompt an invoke of its own."
+                f"`.t[{key}]` takes {sorted({len(taken) for taken in places})} tokens from prompts of "
+                f"lengths {sorted({stop - start for start, stop in spans})}; give each prompt an invoke "
+                "of its own."
             )
-        places = [[start + i for i in t] for start, t in zip(starts, taken, strict=True)]
         return [[row] for row in rows], places
+
+
+def _shifted(key: Any, start: int, stop: int) -> Any:
+    """`key` of the tokens from `start` to `stop` as a key of the whole row."""
+    if isinstance(key, int):
+        return start + key % (stop - start)
+    taken = range(start, stop)[key]
+    return slice(taken.start, taken.stop if taken.stop >= 0 else None, taken.step)
 
 
 def _origin(node: Node) -> HookPoint | None:
