@@ -276,7 +276,9 @@ def main(name: str = "graftwork/tiny") -> None:
     terminal = Terminal()
     model = LanguageModel(name)
     if model.config.model_type != "gpt2":
-        raise LoadError(f"The demo uses the module names of GPT-2; {name!r} is another architecture.")
+        raise LoadError(
+            f"The demo uses the module names of GPT-2; {name!r} is another architecture."
+        )
     size = sum(parameter.numel() for parameter in model.tree().parameters())
     terminal.say(f"""{name}: {len(model.transformer.h)} layers of {model.config.n_head} heads,
         {size / 1e6:.1f} million parameters.""")

@@ -1,17 +1,72 @@
-"""Owns the way from a graph to a `Plan`: which nodes run, in how many passes, at which arrivals.
+"""Owns the form of a `Plan`: passes, their batches, and what each wants of each arrival.
 
-Each function is one pass of the planner over the graph. None of them touches a model.
+How a plan is found stands in planner.py, order.py and batches.py. What they know of a model comes
+from `Facts`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Hashable
+from typing import Protocol
 
-from ..tracing.errors import OrderError
-from ..tracing.graph import Graph, arguments
-from ..tracing.node import READ, WRITE, HookPoint, Node
+from ..tracing.node import HookPoint, Node
 from .schedule import Schedule
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Settings:
+    """Which passes of the planner run; all do unless switched off.
+
+    Attributes:
+        dead_code: leave out what no save and no write depends on.
+        micro_batches: run several prompts in one forward.
+        prefix_reuse: compute what prompts share once, start each variant at its first edited block.
+        less_head: unembed the last position alone where only that is used.
+        stop: leave the forward after the last needed module.
+        memory: free values after their last use.
+        tokens: most tokens in one forward, padding included; None fits it to the free memory.
+        progress: show a bar over the passes of a block that takes more than two seconds.
+    """
+
+    dead_code: bool = True
+    micro_batches: bool = True
+    prefix_reuse: bool = True
+    less_head: bool = True
+    stop: bool = True
+    memory: bool = True
+    tokens: int | None = None
+    progress: bool = True
+
+    @classmethod
+    def naive(cls) -> Settings:
+        """Each invoke in a forward of its own, from the first module to the last."""
+        return cls(False, False, False, False, False, False)
+
+
+class Facts(Protocol):
+    """What the planner knows of the model and of the prompts of one block."""
+
+    @property
+    def generates(self) -> bool: ...
+
+    def schedule(self) -> Schedule:
+        """Raises ScheduleError where the model cannot be measured."""
+
+    def batch_class(self, invoke: int) -> Hashable:
+        """Prompts of one class can be padded to one batch."""
+
+    def extent(self, invoke: int) -> tuple[int, int]:
+        """Rows, and tokens of the longest one."""
+
+    def identity(self, invoke: int) -> Hashable:
+        """Equal for the same input; None if that cannot be told."""
+
+    def budget(self) -> int:
+        """Tokens that fit into one forward."""
+
+    def head(self) -> str | None:
+        """Path of the unembedding, if the forward can be told to apply it to few positions."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -28,12 +83,22 @@ class Pass:
     """One run of the entry point.
 
     Attributes:
-        invokes: indices of the invokes with a prompt that are batched in it.
+        invokes: the invokes that have rows in its batch, in this order.
+        shared: invokes that have the same input as one in the batch, and which.
+        base: it computes what several invokes share, see batches.py.
+        start: blocks of the chain that are skipped: the first one that runs.
+        keep: blocks whose outputs later passes start from.
+        positions: the last positions that are unembedded; 0 for all.
         arrivals: by hook point.
     """
 
     invokes: list[int]
-    arrivals: dict[HookPoint, Arrival]
+    shared: dict[int, int] = dataclasses.field(default_factory=dict)
+    base: bool = False
+    start: int = 0
+    keep: set[int] = dataclasses.field(default_factory=set)
+    positions: int = 0
+    arrivals: dict[HookPoint, Arrival] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(slots=True)
@@ -42,187 +107,14 @@ class Plan:
 
     Attributes:
         live: 1 for each node that runs.
-        passes: in order.
         users: for each node, the live nodes that use it, once for each use.
+        passes: in order.
+        chain: paths of the blocks that passes may start in.
+        settings: what was switched on.
     """
 
     live: bytearray
-    passes: list[Pass]
     users: list[list[Node] | None]
-
-
-def plan(
-    graph: Graph,
-    prompted: Sequence[int],
-    schedule: Callable[[], Schedule],
-    batches: Callable[[list[int]], list[list[int]]],
-) -> Plan:
-    """Plan a block.
-
-    Args:
-        graph: what was recorded.
-        prompted: the invokes that have a prompt; the others see the whole batch.
-        schedule: the model's schedule, asked for only where the order of two places matters.
-        batches: splits invokes that may run together into batches that can.
-
-    Raises:
-        OrderError: a write needs a later value of its own forward, or invokes wait for each other.
-    """
-    live = graph.live()
-    users: list[list[Node] | None] = [None] * len(graph.nodes)
-    plain = True
-    for node in graph.nodes:
-        if live[node.index] and node.kind != READ:
-            for argument in arguments(node):
-                known = users[argument.index]
-                if known is None:
-                    users[argument.index] = [node]
-                else:
-                    known.append(node)
-            if node.kind == WRITE:
-                plain = False
-    waves = [list(prompted)] if plain else split_waves(graph, live, prompted, schedule)
-    groups = [batch for wave in waves for batch in batches(wave)]
-    if len(groups) > 1 and not plain:
-        groups = keep_order(graph, live, groups, schedule)
-    return Plan(live, [Pass(group, {}) for group in groups], users)
-
-
-def arrivals(graph: Graph, plan: Plan, prompted: Iterable[int]) -> None:
-    """Fill in what each pass wants of each arrival."""
-    where = {invoke: one for one in plan.passes for invoke in one.invokes}
-    with_prompt = set(prompted)
-    last = {node.index for node in graph.writes.values()}
-    for node in graph.nodes:
-        if not plan.live[node.index] or node.kind not in (READ, WRITE):
-            continue
-        one = where[node.invoke] if node.invoke in with_prompt else plan.passes[0]
-        arrival = one.arrivals.get(node.target)
-        if arrival is None:
-            arrival = one.arrivals[node.target] = Arrival(node.target, [], [])
-        if node.kind == READ:
-            arrival.reads.append(node)
-        elif node.index in last:
-            arrival.writes.append(node)
-
-
-def requirements(graph: Graph, live: bytearray) -> dict[int, frozenset[int]]:
-    """For each last write, the reads that it depends on, by node index."""
-    needed: dict[int, frozenset[int]] = {}
-    nothing: frozenset[int] = frozenset()
-    for node in graph.nodes:
-        if not live[node.index]:
-            continue
-        if node.kind == READ:
-            needed[node.index] = frozenset((node.index,))
-            continue
-        found = nothing
-        for argument in arguments(node):
-            found = found | needed[argument.index] if found else needed[argument.index]
-        needed[node.index] = found
-    return {node.index: needed[node.index] for node in graph.writes.values()}
-
-
-def split_waves(
-    graph: Graph,
-    live: bytearray,
-    prompted: Sequence[int],
-    schedule: Callable[[], Schedule],
-) -> list[list[int]]:
-    """Sort invokes into passes so that each write finds the values of other invokes that it needs.
-
-    A value of another invoke can be used in the same pass if it arrives no later than the write;
-    otherwise that invoke has to run in an earlier pass.
-
-    Raises:
-        OrderError: a write needs a later value of its own invoke, or two invokes wait for each other.
-    """
-    after: dict[tuple[int, int], tuple[Node, Node]] = {}
-    together: set[tuple[int, int]] = set()
-    for index, reads in requirements(graph, live).items():
-        write = graph.nodes[index]
-        for read in (graph.nodes[i] for i in reads):
-            if read.target == write.target:
-                if read.invoke != write.invoke:
-                    together.add((read.invoke, write.invoke))
-                continue
-            later = _later(read, write, schedule)
-            if read.invoke == write.invoke:
-                if later:
-                    raise OrderError.later(
-                        write.describe(), write.location, read.describe(), read.location
-                    )
-            elif later:
-                after[read.invoke, write.invoke] = (read, write)
-            else:
-                together.add((read.invoke, write.invoke))
-    if not after:
-        return [list(prompted)]
-    level = dict.fromkeys((*prompted, *(i for pair in (*after, *together) for i in pair)), 0)
-    for round_ in range(len(level) + 1):
-        changed = None
-        for (first, second), by in [*after.items(), *((pair, None) for pair in together)]:
-            least = level[first] + (by is not None)
-            if level[second] < least:
-                level[second] = least
-                changed = by or changed
-        if changed is None and round_:
-            break
-    else:
-        (read, write), (other, _) = _cycle(after)
-        raise OrderError.cycle(
-            write.location, other.location if other is not read else read.location
-        )
-    waves: list[list[int]] = [[] for _ in range(max(level.values()) + 1)]
-    for invoke in prompted:
-        waves[level[invoke]].append(invoke)
-    return [wave for wave in waves if wave]
-
-
-def _cycle(
-    after: dict[tuple[int, int], tuple[Node, Node]],
-) -> tuple[tuple[Node, Node], tuple[Node, Node]]:
-    pairs = list(after.values())
-    return pairs[0], pairs[-1]
-
-
-def _later(read: Node, write: Node, schedule: Callable[[], Schedule]) -> bool:
-    """True if what `read` reads arrives after what `write` writes."""
-    read_at: HookPoint = read.target
-    write_at: HookPoint = write.target
-    if read_at.port == "result" or write_at.port == "result":
-        return read_at.port == "result" and write_at.port != "result"
-    if read_at.step != write_at.step:
-        return read_at.step > write_at.step
-    first, second = schedule().find(read_at), schedule().find(write_at)
-    if first is None or second is None:
-        return False  # a place that the trial forward never reached: the run itself will tell
-    return first.order > second.order
-
-
-def keep_order(
-    graph: Graph, live: bytearray, groups: list[list[int]], schedule: Callable[[], Schedule]
-) -> list[list[int]]:
-    """Order batches so that the ones whose values others need come first.
-
-    Raises:
-        OrderError: batches need each other's values, because their prompts cannot share a pass.
-    """
-    group_of = {invoke: number for number, group in enumerate(groups) for invoke in group}
-    before: dict[int, set[int]] = {number: set() for number in range(len(groups))}
-    lines: dict[tuple[int, int], tuple[Node, Node]] = {}
-    for index, reads in requirements(graph, live).items():
-        write = graph.nodes[index]
-        for read in (graph.nodes[i] for i in reads):
-            first, second = group_of.get(read.invoke), group_of.get(write.invoke)
-            if first is not None and second is not None and first != second:
-                before[second].add(first)
-                lines[first, second] = (read, write)
-    ordered: list[int] = []
-    while len(ordered) < len(groups):
-        ready = [n for n in before if n not in ordered and before[n] <= set(ordered)]
-        if not ready:
-            stuck = [pair for pair in lines if pair[0] not in ordered and pair[1] not in ordered]
-            raise OrderError.cycle(lines[stuck[0]][1].location, lines[stuck[-1]][1].location)
-        ordered.extend(ready)
-    return [groups[number] for number in ordered]
+    passes: list[Pass]
+    chain: tuple[str, ...]
+    settings: Settings

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..tracing.errors import GraftworkError, ScheduleError
 from ..tracing.node import HookPoint
-from ..tracing.structure import ATOMS, children, rebuild
+from ..tracing.structure import ATOMS, children, leaves, rebuild
 from .rows import (
     BATCH,
     BATCH_TOKEN,
@@ -47,9 +48,12 @@ class Schedule:
 
     Attributes:
         visits: by (path, port, call).
+        chain: paths of the blocks that hand the hidden states on to each other and nothing else;
+            empty if there are none, or if that is not certain. See `find_chain`.
     """
 
     visits: dict[Key, Visit]
+    chain: tuple[str, ...] = ()
 
     def find(self, hook_point: HookPoint) -> Visit | None:
         return self.visits.get((hook_point.path, hook_point.port, hook_point.call))
@@ -84,16 +88,90 @@ def measure(
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".split("\n", 1)[0]
         raise ScheduleError.no_schedule("This block", reason) from error
-    if [key for key, _ in first] != [key for key, _ in second]:
+    if [event.key for event in first] != [event.key for event in second]:
         raise ScheduleError.no_schedule(
             "This block", "the order of its modules depends on its input"
         )
     visits = {
-        key: Visit(order, _compare(value, other))
-        for order, ((key, value), (_, other)) in enumerate(zip(first, second, strict=True))
-        if not inside or not key[0].startswith(inside)
+        one.key: Visit(order, _compare(one.shapes, other.shapes))
+        for order, (one, other) in enumerate(zip(first, second, strict=True))
+        if not inside or not one.key[0].startswith(inside)
     }
-    return Schedule(visits)
+    return Schedule(visits, find_chain(module, first))
+
+
+@dataclasses.dataclass(slots=True)
+class _Event:
+    """One arrival of a trial forward.
+
+    Attributes:
+        shapes: its value with shapes for tensors.
+        tensors: for each tensor in it, its identity and how many arrivals there had been when it
+            came to be; 0 for what the forward was given.
+        opaque: it holds an object that may carry values past the blocks.
+    """
+
+    key: Key
+    shapes: Any
+    tensors: tuple[tuple[int, int], ...]
+    opaque: bool
+
+
+class _Births(TorchDispatchMode):
+    """Notes when each tensor of a trial forward came to be, and keeps it: a freed one's identity
+    would be given to another."""
+
+    def __init__(self, events: list[_Event]) -> None:
+        super().__init__()
+        self._events = events
+        self._born: dict[int, tuple[Any, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self._born.setdefault(id(leaf), (leaf, len(self._events)))
+        return result
+
+    def of(self, tensor: torch.Tensor) -> tuple[int, int]:
+        kept = self._born.setdefault(id(tensor), (tensor, 0))
+        return id(tensor), kept[1]
+
+
+def find_chain(module: torch.nn.Module, events: list[_Event]) -> tuple[str, ...]:
+    """The longest list of sibling blocks of which each takes what the one before it gave.
+
+    It is a chain only if nothing else that came to be inside it is handed on: a tensor that a block
+    takes besides the hidden states must be older than the first block (shared keys and values or a
+    memory are not), and no object may hold one. Caches are left out of runs that skip blocks.
+    """
+    at = {event.key: (number, event) for number, event in enumerate(events)}
+    best: tuple[str, ...] = ()
+    for path, parent in module.named_modules():
+        if not isinstance(parent, torch.nn.ModuleList) or len(parent) < 2:
+            continue
+        paths = tuple(f"{path}.{name}" for name in parent._modules)
+        if len(paths) > len(best) and _is_chain(paths, at):
+            best = paths
+    return best
+
+
+def _is_chain(paths: tuple[str, ...], at: dict[Key, tuple[int, _Event]]) -> bool:
+    first = before = None
+    for path in paths:
+        begin, end = at.get((path, "inputs", 0)), at.get((path, "output", 0))
+        if begin is None or end is None or (path, "inputs", 1) in at:
+            return False
+        number, taken = begin
+        first = number if first is None else first
+        if taken.opaque or not taken.tensors or not end[1].tensors:
+            return False
+        if before is not None and taken.tensors[0][0] != before.tensors[0][0]:
+            return False
+        if any(born > first for _, born in taken.tensors[1:]):
+            return False
+        before = end[1]
+    return True
 
 
 def _arrivals(
@@ -101,8 +179,19 @@ def _arrivals(
     make_inputs: Callable[[int, int], tuple[tuple[Any, ...], dict[str, Any]]],
     batch: int,
     tokens: int,
-) -> list[tuple[Key, Any]]:
-    events: list[tuple[Key, Any]] = []
+) -> list[_Event]:
+    events: list[_Event] = []
+    births = _Births(events)
+
+    def note(key: Key, value: Any) -> None:
+        tensors, opaque = [], False
+        for leaf in leaves(value):
+            if isinstance(leaf, torch.Tensor):
+                tensors.append(births.of(leaf))
+            elif type(leaf) not in ATOMS and not type(leaf).__name__.endswith("Cache"):
+                opaque = True
+        events.append(_Event(key, _shapes(value), tuple(tensors), opaque))
+
     calls: dict[str, int] = {}
     open_calls: dict[str, list[int]] = {}
 
@@ -110,13 +199,13 @@ def _arrivals(
         def hook(_: Any, args: Any, kwargs: Any) -> None:
             call = calls[path] = calls.get(path, -1) + 1
             open_calls.setdefault(path, []).append(call)
-            events.append(((path, "inputs", call), _shapes((args, kwargs))))
+            note((path, "inputs", call), (args, kwargs))
 
         return hook
 
     def after(path: str) -> Callable[..., None]:
         def hook(_: Any, args: Any, output: Any) -> None:
-            events.append(((path, "output", open_calls[path].pop()), _shapes(output)))
+            note((path, "output", open_calls[path].pop()), output)
 
         return hook
 
@@ -129,7 +218,8 @@ def _arrivals(
         module.eval()
         with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
             args, kwargs = make_inputs(batch, tokens)
-            module(*args, **kwargs)
+            with births:
+                module(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()

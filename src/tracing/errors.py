@@ -108,6 +108,13 @@ class BlockError(GraftworkError):
         return cls(f"`{what}` was called on a block that is closed. Call it inside its `with`.")
 
     @classmethod
+    def whole_batch(cls, location: Location, passes: int) -> BlockError:
+        return cls(
+            f"The whole batch was used at {location}\nbut the prompts of this block cannot run "
+            f"together: it takes {passes} passes. Use the value inside each invoke."
+        )
+
+    @classmethod
     def empty(cls) -> BlockError:
         return cls(
             "The block has no prompt: give one to `model.trace(prompt)` or `model.generate(prompt)`, "

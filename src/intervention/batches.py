@@ -1,0 +1,205 @@
+"""Owns which prompts share a forward: micro-batches under a budget, and prefixes computed once.
+
+Prefix reuse. Prompts with the same input are the same computation up to their first write. A *base*
+pass runs each such input once, answers what is read before that point and keeps the outputs of the
+blocks that variants start from. A variant's pass skips those blocks: the last skipped one gives the
+kept output. Everything from that output on belongs to the variant.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Hashable, Iterable, Sequence
+
+from ..tracing.errors import OrderError
+from ..tracing.graph import Graph
+from .order import Edge, levels, position, units
+from .plan import Facts, Pass, Settings
+from .schedule import Schedule
+
+#: Most padding in a batch, as a share of its tokens.
+PADDING = 0.25
+
+
+@dataclasses.dataclass(slots=True)
+class Reuse:
+    """What prefix reuse decided.
+
+    Attributes:
+        start: for each invoke that starts later than the first block, how many blocks it skips.
+        base: for each invoke whose input a base pass runs, the invoke that stands for it there.
+        whole: the invokes that the base pass serves to the end, because they write nothing.
+    """
+
+    start: dict[int, int] = dataclasses.field(default_factory=dict)
+    base: dict[int, int] = dataclasses.field(default_factory=dict)
+    whole: set[int] = dataclasses.field(default_factory=set)
+
+
+def first_written_blocks(
+    graph: Graph, live: bytearray, schedule: Schedule, invokes: Iterable[int]
+) -> dict[int, int]:
+    """How many blocks of the chain lie before the first write of each invoke; all without a write."""
+    ends = [schedule.visits[path, "output", 0].order for path in schedule.chain]
+    found = dict.fromkeys(invokes, len(ends))
+    for (invoke, hook_point), node in graph.writes.items():
+        if invoke not in found or not live[node.index] or hook_point.port == "result":
+            continue
+        at = position(hook_point, schedule)
+        # A write at a block's own output leaves the block itself as it is.
+        before = 0 if at is None else sum(end <= at[1] for end in ends)
+        found[invoke] = min(found[invoke], before)
+    return found
+
+
+def reuse(
+    graph: Graph,
+    live: bytearray,
+    schedule: Schedule,
+    invokes: Sequence[int],
+    group: dict[int, frozenset[int]],
+    facts: Facts,
+) -> Reuse:
+    """Decide which prompts start from a shared prefix: where that saves blocks."""
+    result = Reuse()
+    if not schedule.chain:
+        return result
+    classes: dict[Hashable, list[int]] = {}
+    for invoke in invokes:
+        identity = facts.identity(invoke)
+        if identity is not None and len(group[invoke]) == 1:
+            classes.setdefault(identity, []).append(invoke)
+    written = {invoke for (invoke, _), node in graph.writes.items() if live[node.index]}
+    starts = first_written_blocks(graph, live, schedule, invokes)
+    for members in classes.values():
+        plain = [invoke for invoke in members if invoke not in written]
+        variants = [invoke for invoke in members if invoke in written and starts[invoke]]
+        saved = sum(starts[invoke] for invoke in variants) + len(schedule.chain) * len(plain)
+        cost = len(schedule.chain) if plain else max((starts[i] for i in variants), default=0)
+        if len(members) < 2 or saved <= cost:
+            continue
+        stands = plain[0] if plain else variants[0]
+        for invoke in (*plain, *variants):
+            result.base[invoke] = stands
+        for invoke in variants:
+            result.start[invoke] = starts[invoke]
+        result.whole.update(plain)
+    return result
+
+
+def pack(
+    members: Iterable[tuple[frozenset[int], list[int]]], facts: Facts, limit: int | None
+) -> list[list[int]]:
+    """Batches under a budget of tokens with little padding, long prompts first.
+
+    Args:
+        members: units that must stay together, each with its invokes.
+        limit: tokens in one batch, padding included; None for no limit.
+    """
+    sized = []
+    for _, invokes in members:
+        extents = [facts.extent(invoke) for invoke in invokes]
+        rows, width = sum(r for r, _ in extents), max(w for _, w in extents)
+        sized.append((width, rows, sum(r * w for r, w in extents), invokes))
+    sized.sort(key=lambda item: -item[0])
+    batches: list[list[int]] = []
+    widest = rows_now = own_now = 0
+    for width, rows, own, invokes in sized:
+        total = (rows_now + rows) * max(widest, 1)
+        padded = total - own_now - own if widest else 0
+        fits = batches and (limit is None or total <= limit) and padded <= PADDING * total
+        if fits:
+            batches[-1].extend(invokes)
+            rows_now, own_now = rows_now + rows, own_now + own
+        else:
+            batches.append(list(invokes))
+            widest, rows_now, own_now = width, rows, own
+    return batches
+
+
+def arrange(
+    graph: Graph,
+    live: bytearray,
+    prompted: Sequence[int],
+    uses: list[Edge],
+    facts: Facts,
+    settings: Settings,
+    schedule: Schedule | None,
+    together: bool,
+) -> list[Pass]:
+    """The passes of a block with several prompts, in order, without their arrivals.
+
+    Args:
+        uses: uses of one invoke's values in another's writes.
+        schedule: None if the model cannot be measured: then each prompt runs alone.
+        together: something in the block sees the whole batch, so it must not be split.
+
+    Raises:
+        OrderError: invokes wait for each other.
+    """
+    group = units(prompted, uses)
+    plan = Reuse()
+    if settings.prefix_reuse and schedule is not None and not together and not facts.generates:
+        plan = reuse(graph, live, schedule, prompted, group, facts)
+    served = _served_by_base(plan, uses, schedule)
+    needed = [edge for edge in uses if edge not in served]
+    rest = [invoke for invoke in prompted if invoke not in plan.whole]
+    limit = None if together or not settings.micro_batches else settings.tokens or facts.budget()
+
+    def form(level: dict[int, int]) -> list[tuple[int, int, list[int]]]:
+        kinds: dict[Hashable, dict[frozenset[int], list[int]]] = {}
+        for invoke in rest:
+            unit = group[invoke]
+            if settings.micro_batches and schedule is not None:
+                kind: Hashable = (facts.batch_class(invoke), plan.start.get(invoke, 0))
+            else:
+                kind = min(unit)
+            kinds.setdefault((level[invoke], kind), {}).setdefault(unit, []).append(invoke)
+        formed = []
+        for (wave, _), members in kinds.items():  # type: ignore[misc]
+            for unit, invokes in members.items():
+                if len(invokes) < len(unit):
+                    edge = next(e for e in uses if e.first in unit and e.second in unit)
+                    raise OrderError.cycle(edge.write.location, edge.read.location)
+            for batch in pack(members.items(), facts, limit):
+                formed.append((wave, plan.start.get(batch[0], 0), batch))
+        return sorted(formed, key=lambda item: item[0])
+
+    wave_of = levels({i: group[i] for i in rest}, needed, lambda edge: edge.later)
+    formed = form(wave_of)
+    batch_of = {invoke: number for number, (_, _, b) in enumerate(formed) for invoke in b}
+    if any(batch_of.get(e.first) != batch_of.get(e.second) for e in needed if not e.later):
+        # Their prompts do not fit one batch: the value then comes from an earlier one.
+        formed = form(levels({i: group[i] for i in rest}, needed, lambda edge: True))
+    passes = [_base(batch, plan) for batch in _base_batches(plan, facts, limit)]
+    passes += [Pass(batch, start=start) for _, start, batch in formed]
+    return passes
+
+
+def _served_by_base(plan: Reuse, uses: list[Edge], schedule: Schedule | None) -> set[Edge]:
+    """The uses whose value a base pass computes, before everything else."""
+    served = set()
+    for edge in uses:
+        if edge.first in plan.whole:
+            served.add(edge)
+        elif edge.first in plan.start and schedule is not None:
+            at = position(edge.read.target, schedule)
+            end = schedule.visits[schedule.chain[plan.start[edge.first] - 1], "output", 0].order
+            if at is not None and at < (0, end):
+                served.add(edge)
+    return served
+
+
+def _base_batches(plan: Reuse, facts: Facts, limit: int | None) -> list[list[int]]:
+    kinds: dict[Hashable, list[tuple[frozenset[int], list[int]]]] = {}
+    for invoke in sorted(set(plan.base.values())):
+        kinds.setdefault(facts.batch_class(invoke), []).append((frozenset((invoke,)), [invoke]))
+    return [batch for members in kinds.values() for batch in pack(members, facts, limit)]
+
+
+def _base(batch: list[int], plan: Reuse) -> Pass:
+    own = set(batch)
+    shared = {i: rep for i, rep in plan.base.items() if rep in own and i != rep}
+    members = own | set(shared)
+    keep = {start - 1 for invoke, start in plan.start.items() if invoke in members}
+    return Pass(batch, shared=shared, base=True, keep=keep)

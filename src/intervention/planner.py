@@ -1,0 +1,159 @@
+"""Owns the way from a graph to a `Plan`. Each function is one pass of the planner; none of them
+touches a model, and `Settings` switches each off, to compare results.
+
+lint → dead code → order (waves) → micro-batches and prefix reuse → less head. Where a pass stops and
+what is freed when is decided while it runs, from the same plan.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+
+from ..tracing.errors import BlockError, ScheduleError
+from ..tracing.graph import Graph, arguments
+from ..tracing.node import CALL, READ, WRITE, HookPoint, Node
+from ..tracing.operations import GETITEM
+from .batches import arrange
+from .order import edges, position
+from .plan import Arrival, Facts, Pass, Plan, Settings
+from .schedule import Schedule
+
+logger = logging.getLogger("graftwork")
+
+
+def plan(graph: Graph, prompted: Sequence[int], facts: Facts, settings: Settings) -> Plan:
+    """Plan a block.
+
+    Args:
+        graph: what was recorded.
+        prompted: the invokes that have a prompt; the others see the whole batch.
+
+    Raises:
+        OrderError: a write needs a later value of its own forward, or invokes wait for each other.
+        BlockError: something sees the whole batch, and the prompts cannot run together.
+    """
+    live = dead_code(graph, settings)
+    users = users_of(graph, live)
+    uses = edges(graph, live, facts.schedule) if graph.writes else []
+    known: Schedule | None = None
+    if len(prompted) == 1:
+        passes = [Pass(list(prompted))]
+    else:
+        together = next(_whole_batch(graph, live, set(prompted)), None)
+        known = _measured(facts)
+        passes = arrange(graph, live, prompted, uses, facts, settings, known, bool(together))
+        if together is not None and len(passes) > 1:
+            raise BlockError.whole_batch(together.location, len(passes))
+    result = Plan(live, users, passes, known.chain if known else (), settings)
+    place_arrivals(graph, result, known)
+    if settings.less_head:
+        less_head(graph, result, facts)
+    return result
+
+
+def _measured(facts: Facts) -> Schedule | None:
+    try:
+        return facts.schedule()
+    except ScheduleError as error:
+        logger.warning("each prompt runs in a pass of its own: %s", error)
+        return None
+
+
+def dead_code(graph: Graph, settings: Settings) -> bytearray:
+    """1 for each node that runs."""
+    return graph.live() if settings.dead_code else bytearray(b"\1") * len(graph.nodes)
+
+
+def users_of(graph: Graph, live: bytearray) -> list[list[Node] | None]:
+    """For each node, the live nodes that use it, once for each use."""
+    users: list[list[Node] | None] = [None] * len(graph.nodes)
+    for node in graph.nodes:
+        if live[node.index] and node.kind != READ:
+            for argument in arguments(node):
+                known = users[argument.index]
+                if known is None:
+                    users[argument.index] = [node]
+                else:
+                    known.append(node)
+    return users
+
+
+def _whole_batch(graph: Graph, live: bytearray, prompted: set[int]) -> Iterator[Node]:
+    """Nodes that see the whole batch inside the forward."""
+    return (
+        node
+        for node in graph.nodes
+        if live[node.index]
+        and node.kind in (READ, WRITE)
+        and node.invoke not in prompted
+        and node.target.port != "result"
+    )
+
+
+def place_arrivals(graph: Graph, plan: Plan, schedule: Schedule | None) -> None:
+    """Fill in what each pass wants of each arrival."""
+    home: dict[int, Pass] = {}
+    base: dict[int, Pass] = {}
+    for one in plan.passes:
+        for invoke in (*one.invokes, *one.shared):
+            (base if one.base else home)[invoke] = one
+    ends = [schedule.visits[path, "output", 0].order for path in plan.chain] if schedule else []
+    last = {node.index for node in graph.writes.values()}
+    for node in graph.nodes:
+        if not plan.live[node.index] or (node.kind != READ and node.kind != WRITE):
+            continue
+        invoke, target = node.invoke, node.target
+        one = home.get(invoke) or base.get(invoke) or plan.passes[0]
+        if one.start and invoke in base and schedule is not None:
+            at = position(target, schedule)
+            if at is not None and at < (0, ends[one.start - 1]):
+                one = base[invoke]
+        arrival = one.arrivals.get(target)
+        if arrival is None:
+            arrival = one.arrivals[target] = Arrival(target, [], [])
+        if node.kind == READ:
+            arrival.reads.append(node)
+        elif node.index in last:
+            arrival.writes.append(node)
+
+
+def less_head(graph: Graph, plan: Plan, facts: Facts) -> None:
+    """Where only last positions of the logits are used, unembed those alone."""
+    head = facts.head()
+    if head is None:
+        return
+    saved = graph.saved()
+    for one in plan.passes:
+        positions = 0
+        for hook_point, arrival in one.arrivals.items():
+            if hook_point.path == head and hook_point.port == "output" and not arrival.writes:
+                wanted = [_last_positions(node, plan, saved) for node in arrival.reads]
+                if all(wanted):
+                    positions = max(positions, *wanted)
+                    continue
+            if hook_point.path in ("", head) or hook_point.path.startswith(f"{head}."):
+                positions = 0
+                break
+        one.positions = positions
+
+
+def _last_positions(read: Node, plan: Plan, saved: frozenset[int]) -> int:
+    """How many of the last positions the users of a read take; 0 if they may take others."""
+    users = plan.users[read.index]
+    if read.index in saved or not users:
+        return 0
+    most = 0
+    for user in users:
+        if user.kind != CALL or user.target is not GETITEM or user.args[0] is not read:
+            return 0
+        key = user.args[1]
+        if type(key) is not tuple or len(key) < 2 or key[0] is None or key[0] is Ellipsis:
+            return 0
+        token = key[1]
+        if type(token) is slice and token.stop is None and token.step in (None, 1):
+            token = token.start
+        if type(token) is not int or token >= 0:
+            return 0
+        most = max(most, -token)
+    return most
