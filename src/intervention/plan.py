@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 
-from ..tracing.errors import OrderError
+from ..tracing.errors import Location, OrderError
 from ..tracing.graph import Graph, arguments
 from ..tracing.node import READ, WRITE, HookPoint, Node
 from .schedule import Schedule
@@ -138,13 +138,13 @@ def split_waves(
         OrderError: a write needs a later value of its own invoke, or two invokes wait for each other.
     """
     after: dict[tuple[int, int], tuple[Node, Node]] = {}
-    together: set[tuple[int, int]] = set()
+    together: dict[tuple[int, int], tuple[Node, Node]] = {}
     for index, reads in requirements(graph, live).items():
         write = graph.nodes[index]
         for read in (graph.nodes[i] for i in reads):
             if read.target == write.target:
                 if read.invoke != write.invoke:
-                    together.add((read.invoke, write.invoke))
+                    together[read.invoke, write.invoke] = (read, write)
                 continue
             later = _later(read, write, schedule)
             if read.invoke == write.invoke:
@@ -155,7 +155,7 @@ def split_waves(
             elif later:
                 after[read.invoke, write.invoke] = (read, write)
             else:
-                together.add((read.invoke, write.invoke))
+                together[read.invoke, write.invoke] = (read, write)
     if not after:
         return [list(prompted)]
     level = dict.fromkeys((*prompted, *(i for pair in (*after, *together) for i in pair)), 0)
@@ -169,10 +169,7 @@ def split_waves(
         if changed is None and round_:
             break
     else:
-        (read, write), (other, _) = _cycle(after)
-        raise OrderError.cycle(
-            write.location, other.location if other is not read else read.location
-        )
+        raise OrderError.cycle(*_cycle(after, together))
     waves: list[list[int]] = [[] for _ in range(max(level.values()) + 1)]
     for invoke in prompted:
         waves[level[invoke]].append(invoke)
@@ -181,9 +178,23 @@ def split_waves(
 
 def _cycle(
     after: dict[tuple[int, int], tuple[Node, Node]],
-) -> tuple[tuple[Node, Node], tuple[Node, Node]]:
-    pairs = list(after.values())
-    return pairs[0], pairs[-1]
+    together: dict[tuple[int, int], tuple[Node, Node]],
+) -> tuple[Location, Location]:
+    """The lines of two writes that wait for each other, the second perhaps over further invokes."""
+    edges = {**together, **after}
+    for (first, second), (_, write) in after.items():
+        reached: dict[
+            int, Location
+        ] = {}  # invoke → line of the write by which it was reached first
+        queue = [second]
+        for invoke in queue:
+            for (source, target), (_, by) in edges.items():
+                if source == invoke and target not in reached:
+                    reached[target] = by.location
+                    queue.append(target)
+        if first in reached:
+            return write.location, reached[first]
+    raise AssertionError("levels grew without end, so there is a cycle")
 
 
 def _later(read: Node, write: Node, schedule: Callable[[], Schedule]) -> bool:

@@ -151,9 +151,7 @@ class Checkpoint:
         from transformers import AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                self._folder, padding_side="left", **self.hub
-            )
+            tokenizer = AutoTokenizer.from_pretrained(self._folder, padding_side="left", **self.hub)
         except (OSError, ValueError, KeyError, TypeError) as error:
             # Reported where a string prompt needs it: models are also run on token ids alone.
             logger.info("no tokenizer for %r: %s", self.name, error)
