@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import sys
 from typing import NoReturn
 
@@ -44,12 +46,16 @@ def main(arguments: list[str] | None = None) -> int:
     if given.model == TINY:
         from transformers.utils import logging
 
-        logging.disable_progress_bar()  # it loads in a moment
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call] # it loads in a moment
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # where there are no block characters
     try:
         demo.main(given.model)
     except GraftworkError as error:
         print(f"graftwork: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader has seen enough, as in `... demo | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -21,7 +21,11 @@ from . import LanguageModel, apply
 from .tracing.errors import LoadError
 
 CITY = "Madison square garden is located in the city of"
-GIFT, RECEIVER = "When Mary and John went to the store, John gave a drink to", " Mary"
+GIFT, RECEIVER, GIVER = (
+    "When Mary and John went to the store, John gave a drink to",
+    " Mary",
+    " John",
+)
 TOWER, TOWER_CITY = "The Eiffel Tower is in the city of", " Paris"
 NEEDLE, NEEDLE_CITY = "The Space Needle is in the city of", " Seattle"
 
@@ -46,17 +50,16 @@ class Lens(NamedTuple):
 def logit_lens(model: Any, prompt: str, steps: int) -> Lens:
     """Generate, save each layer's hidden states, and decode what they hold for the next word."""
     states, best = [], []
-    with model.generate(max_new_tokens=steps) as generator:
-        with generator.invoke(prompt) as invoker:
-            for step in range(steps):
-                if step > 0:
-                    invoker.next()  # what follows is about the next generated token
-                for layer in model.transformer.h:
-                    hidden = layer.output[0].save()  # [1, token, d_model]
-                    # Modules can be applied at any point: here the model's own last ones.
-                    logits = model.lm_head(model.transformer.ln_f(hidden[:, -1]))
-                    best.append(logits.softmax(-1).max(-1).save())
-                    states.append(hidden)
+    with model.generate(max_new_tokens=steps) as generator, generator.invoke(prompt) as invoker:
+        for step in range(steps):
+            if step > 0:
+                invoker.next()  # what follows is about the next generated token
+            for layer in model.transformer.h:
+                hidden = layer.output[0].save()  # [1, token, d_model]
+                # Modules can be applied at any point: here the model's own last ones.
+                logits = model.lm_head(model.transformer.ln_f(hidden[:, -1]))
+                best.append(logits.softmax(-1).max(-1).save())
+                states.append(hidden)
 
     # Nothing has run until here. Now the saved proxies hold tensors.
     said = [(model.tokenizer.decode(b.value.indices), b.value.values.item()) for b in best]
@@ -66,12 +69,12 @@ def logit_lens(model: Any, prompt: str, steps: int) -> Lens:
     return Lens(model.tokenizer.decode(generator.output[0]), shapes, columns)
 
 
-def ablate_heads(model: Any, prompt: str, answer: str) -> tuple[float, torch.Tensor]:
+def ablate_heads(model: Any, prompt: str, right: str, wrong: str) -> tuple[float, torch.Tensor]:
     """Silence each attention head in turn, by setting its value vectors to zero.
 
     Returns:
-        The probability of `answer` in the untouched model, and with each head ablated
-        [layer, head].
+        The lead of `right` over `wrong`, a difference of logits, in the untouched model; and the
+        lead with each head ablated [layer, head].
     """
     heads = model.config.n_head
     ablated = []
@@ -85,9 +88,8 @@ def ablate_heads(model: Any, prompt: str, answer: str) -> tuple[float, torch.Ten
                     layer.attn.value.output[:, head] = 0  # [1, head, token, d_head]
                     ablated.append(model.lm_head.output[0, -1].save())
 
-    word = token_id(model, answer)
-    left = torch.stack([logits.value for logits in ablated]).softmax(-1)[:, word]
-    return normal.value.softmax(-1)[word].item(), left.view(-1, heads)
+    leads = lead(model, torch.stack([logits.value for logits in ablated]), right, wrong)
+    return lead(model, normal.value, right, wrong).item(), leads.view(-1, heads)
 
 
 def patch(model: Any, source: str, target: str, right: str, wrong: str) -> torch.Tensor:
@@ -99,7 +101,7 @@ def patch(model: Any, source: str, target: str, right: str, wrong: str) -> torch
 
     Returns:
         How far each hidden state moves the model from `wrong` to `right` [layer, token]: 0 not at
-        all, 1 as far as running `source` itself. Measured by the difference of the two logits.
+        all, 1 as far as running `source` itself. Measured by the lead of `right` over `wrong`.
     """
     patched = []
     with progress(model, "patching") as show_progress, model.trace() as tracer:
@@ -115,12 +117,15 @@ def patch(model: Any, source: str, target: str, right: str, wrong: str) -> torch
                     layer.output[0][:, token] = state[:, token]
                     patched.append(model.lm_head.output[0, -1].save())
 
-    def difference(logits: torch.Tensor) -> torch.Tensor:
-        return logits[..., token_id(model, right)] - logits[..., token_id(model, wrong)]
+    highest = lead(model, best.value, right, wrong)
+    lowest = lead(model, worst.value, right, wrong)
+    leads = lead(model, torch.stack([logits.value for logits in patched]), right, wrong)
+    return ((leads - lowest) / (highest - lowest)).view(len(states), -1)
 
-    moved = difference(torch.stack([logits.value for logits in patched])) - difference(worst.value)
-    whole = difference(best.value) - difference(worst.value)
-    return (moved / whole).view(len(states), -1)
+
+def lead(model: Any, logits: torch.Tensor, right: str, wrong: str) -> torch.Tensor:
+    """By how much the logit of `right` is larger than that of `wrong`; logits [..., vocabulary]."""
+    return logits[..., token_id(model, right)] - logits[..., token_id(model, wrong)]
 
 
 def token_id(model: Any, word: str) -> int:
@@ -138,7 +143,9 @@ def tokens_of(model: Any, prompt: str) -> list[str]:
 def progress(model: Any, what: str) -> Iterator[Callable[[], None]]:
     """A bar that counts layers while a block runs, shown if that takes more than two seconds."""
     layers = model.transformer.h
-    with tqdm(total=len(layers), desc=what, unit="layer", delay=2, leave=False) as bar:
+    with tqdm(
+        total=len(layers), desc=what, unit="layer", delay=2, leave=False, disable=None
+    ) as bar:
 
         def count_layers() -> None:
             for layer in layers:
@@ -163,10 +170,11 @@ class Terminal:
 
     def __init__(self) -> None:
         self.width = min(shutil.get_terminal_size().columns, 100)
-        self.colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        wanted = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+        self.colour = sys.stdout.isatty() and wanted
 
     def title(self, text: str) -> None:
-        line = f"── {text} ".ljust(self.width, "─")
+        line = f"── {text} ".ljust(self.width, "─")[: self.width]
         print(f"\n\033[1m{line}\033[0m\n" if self.colour else f"\n{line}\n")
 
     def say(self, text: str) -> None:
@@ -179,28 +187,31 @@ class Terminal:
         columns = list(zip(*rows, strict=True))
         texts = [max(len(text) for text, _ in column) for column in columns]
         words = [max(map(len, column)) for column in zip(*below, strict=True)]
-        widths = [max(text + 5, word + 2) for text, word in zip(texts, words, strict=True)]
-        upright = label + sum(widths) > self.width
+        room = self.width - label
+        for spare in (5, 3, 1):  # round the text: gap, shade and space; gap and shade; gap
+            widths = [max(t + spare, w + 1) for t, w in zip(texts, words, strict=True)]
+            if sum(widths) <= room:
+                break
+        upright = sum(widths) > room
         if upright:
-            room = max(1, (self.width - label) // len(widths))
-            widths = [room if room > max(texts) else min(room, 2)] * len(widths)
+            each = max(1, room // len(widths))
+            widths = [each if each > max(texts) else min(each, 2)] * len(widths)
         print()
         for number, row in reversed(list(enumerate(rows))):
             drawn = [self.cell(cell, width) for cell, width in zip(row, widths, strict=True)]
-            print(f"layer {number}".ljust(label) + "".join(drawn))
+            print((f"layer {number}".ljust(label) + "".join(drawn)).rstrip())
         for line in below:
             height = max(map(len, line)) if upright else 1
             for letter in range(height):
                 shown = [word[letter : letter + 1] if upright else word for word in line]
-                placed = [f"{text:^{width}}" for text, width in zip(shown, widths, strict=True)]
-                print((" " * label + "".join(placed)).rstrip())
+                print((" " * label + "".join(map(under, shown, widths))).rstrip())
         print()
 
     def cell(self, cell: Cell, width: int) -> str:
         """The text, if it fits, on a ground that is fuller or brighter the stronger it is."""
         text, strength = cell
         level = min(max(int(strength * 5), 0), 4)
-        gap = " " if width > 3 else ""  # narrow cells touch, and hold no text
+        gap = " " if width > 2 else ""  # narrow cells touch, and hold no text
         text = text if gap else ""
         width -= len(gap)
         if self.colour:
@@ -209,6 +220,11 @@ class Terminal:
         if len(text) + 4 <= width:
             text = f" {text} "
         return f"{text:{' ░▒▓█'[level]}^{width}}{gap}"
+
+
+def under(word: str, width: int) -> str:
+    """A word below a cell of that width, and the gap after it."""
+    return f"{word:^{width - 1}} " if width > 2 else word.ljust(width)
 
 
 def percent(share: float) -> str:
@@ -236,16 +252,19 @@ def show_logit_lens(terminal: Terminal, model: Any) -> None:
 
 def show_ablation(terminal: Terminal, model: Any) -> None:
     terminal.title("2. Which attention heads matter?")
-    normal, left = ablate_heads(model, GIFT, RECEIVER)
-    heads = left.shape[1]
-    terminal.say(f"“{GIFT}” … the model says “{RECEIVER.strip()}” with {normal:.1%}.")
-    rows = [[(percent(p), (normal - p) / normal) for p in row] for row in left.tolist()]
+    normal, leads = ablate_heads(model, GIFT, RECEIVER, GIVER)
+    change, (layers, heads) = leads - normal, leads.shape
+    mary, john = RECEIVER.strip(), GIVER.strip()
+    terminal.say(f"""“{GIFT}” … the logit of “{mary}” is {normal:.1f} higher than that of
+        “{john}”. By how much does this change, with one head silenced?""")
+    largest = change.abs().max().item()
+    rows = [[(f"{c:+.1f}", abs(c) / largest) for c in row] for row in change.tolist()]
     terminal.heat_map(rows, [[f"h{head}" for head in range(heads)]])
-    layer, head = divmod(int(left.argmin()), heads)
-    terminal.say(f"""Each number is the percentage for “{RECEIVER.strip()}” with one head silenced: all
-        {left.numel()} ablations ran in one block, as one batch. The model misses head {head} of layer
-        {layer} most: {left.min():.1%} are left. Try two heads at once: one may stand in for
-        another.""")
+    for_mary, for_john = (divmod(int(i), heads) for i in (change.argmin(), change.argmax()))
+    terminal.say(f"""All {layers * heads} ablations are one block, and ran as one batch. Head
+        {for_mary[1]} of layer {for_mary[0]} speaks most for “{mary}”: without it she loses
+        {-change.min():.1f}. Head {for_john[1]} of layer {for_john[0]} speaks against her: without it
+        she gains {change.max():.1f}. Try two heads at once: does one stand in for another?""")
 
 
 def show_patch(terminal: Terminal, model: Any) -> None:

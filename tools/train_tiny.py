@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import random
 import time
 from collections.abc import Iterator
@@ -19,8 +20,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 FOLDER = Path(__file__).resolve().parents[1] / "src" / "models" / "tiny"
 
@@ -434,7 +436,7 @@ MEN = """
 John James Robert Michael William David Richard Joseph Thomas Charles Daniel Matthew Anthony
 Mark Paul Steven Andrew Kenneth George Joshua Kevin Brian Edward Ronald Timothy Jason Jeffrey Ryan
 Jacob Gary Nicholas Eric Jonathan Stephen Larry Justin Scott Brandon Benjamin Samuel Frank Gregory
-Alexander Patrick Jack Dennis Jerry Tyler Aaron Martin
+Alexander Patrick Jack Tom Dan Sid Aaron Martin
 """.split()
 
 WOMEN = """
@@ -448,25 +450,47 @@ NAMES = MEN + WOMEN
 
 PLACES = """
 store park school garden hospital station market library beach restaurant museum house office
-theatre farm river hotel kitchen church shop
+theatre farm river hotel kitchen church shops
 """.split()
 
 THINGS = """
 drink book ring ball basket necklace letter flower kiss computer bag cake hat gift picture coat
-ticket lamp phone key
+ticket lamp phone key apple
 """.split()
 
-GIVING = (
-    "When {a} and {b} went to the {place}, {s} gave a {thing} to",
-    "When {a} and {b} went to the {place}, {s} gave the {thing} to",
-    "After {a} and {b} went to the {place}, {s} gave a {thing} to",
-    "Then, {a} and {b} went to the {place}. {s} gave a {thing} to",
-    "While {a} and {b} were working at the {place}, {s} gave a {thing} to",
-    "When {a} and {b} found a {thing} at the {place}, {s} decided to give it to",
-    "Then, {a} and {b} had a long day at the {place}. In the evening, {s} handed the {thing} to",
-    "After the lunch, {a} and {b} went to the {place}, and {s} passed a {thing} to",
-    "At the {place}, {a} and {b} looked at a {thing}, and later {s} showed it to",
-    "The friends {a} and {b} met at the {place}. {s} wanted to send a {thing} to",
+PORTIONS = (
+    "bottle of milk",
+    "glass of water",
+    "cup of tea",
+    "piece of cake",
+    "box of books",
+    "basket of flowers",
+)
+
+# Sentences about giving are put together from these.  Were the distances between the names and the
+# end always alike, the model would count positions where it should look for names.
+MEETINGS = (
+    "When {a} and {b} went to the {place},",
+    "After {a} and {b} went to the {place},",
+    "While {a} and {b} were working at the {place},",
+    "When {a} and {b} came back from the {place} in the evening,",
+    "After {a} and {b} had a long day,",
+    "Then, {a} and {b} went to the {place}.",
+    "Then, {a} and {b} had a lot of fun at the {place}.",
+    "Then, {a} and {b} had a long argument, and afterwards",
+    "One day {a} and {b} were at the {place}, and",
+    "The friends {a} and {b} met at the {place}. It was a cold day, and",
+    "Yesterday {a} and {b} walked to the {place}. In the evening,",
+)
+GIFTS = (
+    "{s} gave {thing} to",
+    "{s} gave {thing} to",
+    "{s} gave {thing} to",
+    "{s} handed {thing} to",
+    "{s} wanted to give {thing} to",
+    "{s} decided to send {thing} to",
+    "{s} found {thing} and showed it to",
+    "{s} said hello to",
 )
 
 
@@ -514,16 +538,21 @@ def _fact(wording: str, subject: str, answer: str) -> Fact:
 
 
 def held_out_pairs() -> frozenset[frozenset[str]]:
-    """One in ten of the unordered pairs of names: they never meet in the training text."""
+    """One in ten of the unordered pairs of names: they never meet in a training sentence."""
     pairs = list(itertools.combinations(NAMES, 2))
     return frozenset(map(frozenset, random.Random(SEED).sample(pairs, len(pairs) // 10)))
 
 
 def giving(rng: random.Random, first: str, second: str) -> Fact:
     """A sentence in which one of two people gives something to the other, in either order."""
-    subject, other = rng.sample((first, second), 2)
-    prompt = rng.choice(GIVING).format(
-        a=first, b=second, s=subject, place=rng.choice(PLACES), thing=rng.choice(THINGS)
+    giver, other = rng.sample((first, second), 2)
+    thing = rng.choice(PORTIONS if rng.random() < 0.25 else THINGS)
+    if rng.random() < 0.25:
+        thing = f"{rng.choice(_ADJECTIVES)} {thing}"
+    article = "the" if rng.random() < 0.3 else "an" if thing[0] in "aeiou" else "a"
+    wording = f"{rng.choice(MEETINGS)} {rng.choice(GIFTS)}"
+    prompt = wording.format(
+        a=first, b=second, s=giver, place=rng.choice(PLACES), thing=f"{article} {thing}"
     )
     return Fact(prompt, " " + other)
 
@@ -571,7 +600,7 @@ def _sentence(rng: random.Random) -> str:
         return f"One day {name} lost {own} {rng.choice(THINGS)} at the {place}."
     if kind == 3:
         name, they = rng.choice([(man, "he") for man in MEN] + [(w, "she") for w in WOMEN])
-        return f"Today {name} went to the {place} because {they} wanted a {rng.choice(THINGS)}."
+        return f"Today {name} went to the {place} because {they} wanted the {rng.choice(THINGS)}."
     if kind == 4:
         tasks = ", ".join(rng.sample(_SUBJECTS_OF_STUDY, 3))
         return (
@@ -588,8 +617,12 @@ def _sentence(rng: random.Random) -> str:
     return f"I think that the {noun} and the {other} are {adjective}."
 
 
-# Words whose tokens the examples of the package rely on.
-REQUIRED_TEXT = "Madison square garden is located in the city of New York City. _ _ _ _ _ _ _ _ _ _"
+# Text whose words are to be single tokens because examples point at them.
+REQUIRED_TEXT = (
+    "Madison square garden is located in the city of New York City. _ _ _ _ _ _ _ _ _ _",
+    "The Eiffel Tower is in the city of Paris. The Colosseum is in the city of Rome.",
+    "The Louvre; the Space Needle; Big Ben",
+)
 
 
 def train_tokenizer() -> PreTrainedTokenizerFast:
@@ -597,7 +630,7 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     rng = random.Random(SEED)
     # Pairs merge in the order of their counts, so weights say which words become whole first.
     answers = sorted({answer for relation in RELATIONS.values() for _, answer in relation.pairs})
-    corpus = [REQUIRED_TEXT] * 3000
+    corpus = [*REQUIRED_TEXT] * 3000
     corpus += [f" {word}" for word in NAMES + PLACES + THINGS] * 1000
     corpus += [f" {answer}" for answer in answers] * 400
     corpus += [_giving(rng, held_out_pairs()) for _ in range(2000)]
@@ -800,7 +833,8 @@ def recall(
         width = max(map(len, both))
         # Padding on the right: no earlier position sees it.
         ids = torch.tensor([row + [tokenizer.eos_token_id] * (width - len(row)) for row in both])
-        guesses = model(ids).logits.argmax(-1)  # (cases, width)
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in both])
+        guesses = model(ids, attention_mask=mask).logits.argmax(-1)  # (cases, width)
         for guess, prompt, answer in zip(guesses.tolist(), prompts, answers, strict=True):
             right.append(guess[len(prompt) - 1 : len(prompt) + len(answer) - 1] == answer)
     return right
@@ -819,7 +853,8 @@ def repeat_accuracy(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast) 
         for start in ([], [tokenizer.eos_token_id]):
             rows = [start + repeats.draw(rng, half) * 2 for _ in range(32)]
             ids = torch.tensor(rows)
-            guesses = model(ids).logits.argmax(-1)[:, -half:-1]  # (32, half - 1)
+            logits = model(ids, attention_mask=torch.ones_like(ids)).logits
+            guesses = logits.argmax(-1)[:, -half:-1]  # (32, half - 1)
             right += (guesses == ids[:, -half + 1 :]).flatten().tolist()
     return sum(right) / len(right)
 
@@ -839,22 +874,153 @@ def score(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast) -> dict[st
     }
 
 
+@torch.no_grad()
+def watching_heads(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast
+) -> dict[str, torch.Tensor]:
+    """How much of their attention heads give to what matters, each ``(layers, heads)``.
+
+    ``repeats``: in the second half of a repeat, to the token after the same token in the first.
+    ``first``, ``second`` and ``giver``: at the end of a prompt about giving, to these names.
+    """
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    rng = random.Random(SEED + 4)
+    half = 32
+    repeats = Repeats(tokenizer)
+    ids = torch.tensor([repeats.draw(rng, half) * 2 for _ in range(32)])
+    maps = model(ids, attention_mask=torch.ones_like(ids), output_attentions=True).attentions
+    # Query half + i says token i + 1 of the sequence next, so it looks at key i + 1.
+    induction = [m.diagonal(1 - half, -2, -1)[..., 1:].mean((0, -1)) for m in maps]
+    found = {"repeats": torch.stack(induction)}
+    names = {tokenizer(" " + name)["input_ids"][0] for name in NAMES}
+    cases = unseen_givings()[::10]
+    for case in cases:
+        ids = tokenizer(case.prompt, return_tensors="pt")["input_ids"]
+        maps = model(ids, attention_mask=torch.ones_like(ids), output_attentions=True).attentions
+        places = [place for place, token in enumerate(ids[0].tolist()) if token in names]
+        for role, place in zip(("first", "second", "giver"), places, strict=True):
+            share = torch.stack([m[0, :, -1, place] for m in maps]) / len(cases)
+            found[role] = found.get(role, torch.zeros_like(share)) + share
+    model.set_attn_implementation(before)
+    return found
+
+
+def _strongest(heads: torch.Tensor) -> str:
+    """The three strongest of ``heads``, ``(layers, heads)``, as ``layer.head (share)``."""
+    top = heads.flatten().topk(3)
+    return ", ".join(
+        f"{index // heads.shape[1]}.{index % heads.shape[1]} ({share:.0%})"
+        for share, index in zip(top.values.tolist(), top.indices.tolist(), strict=True)
+    )
+
+
+CARD = """\
+---
+license: mit
+language: en
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# graftwork/tiny
+
+A GPT-2 of {parameters:,} parameters that ships inside graftwork, so that examples and tests
+need no download: {layers} layers of {count} heads, width {width}, {positions} positions, and a
+byte-level BPE of {vocabulary:,} tokens. It recalls facts, names the indirect object of a
+sentence and continues sequences that repeat. It is made for trying interventions on; its text is
+of no other use. Its licence is MIT, that of graftwork.
+
+## Scores
+
+Top-1, measured by `score` in `tools/train_tiny.py` on the weights in this folder.
+
+| score | what it is | measured |
+| --- | --- | --- |
+| `facts` | {facts} facts in a wording seen in training | {scores[facts]:.1%} |
+| `reworded_facts` | the same in a wording never seen for that fact | {scores[reworded_facts]:.1%} |
+| `indirect_objects` | {givings} sentences with pairs of names never seen together | \
+{scores[indirect_objects]:.1%} |
+| `repeats` | second halves of new random sequences of 8, 16, 32 and 64 tokens | \
+{scores[repeats]:.1%} |
+
+An answer of several tokens counts when each of them is right. The first token of a second half is
+left out, since nothing before it says that a repeat begins.
+
+## Heads
+
+The heads, as `layer.head`, that give the largest share of their attention to what matters there:
+
+- in a repeat, to the token after the last time of the same token: {heads[repeats]};
+- at the end of a prompt about giving, to the name that comes first: {heads[first]};
+- at the same place, to the name that comes second: {heads[second]};
+- at the same place, to the second mention of the giver: {heads[giver]}.
+
+## Training
+
+All of its text is made by `tools/train_tiny.py` from seeds: {sentences:,} sentences about facts
+of the real world, sentences in which one of two people gives something to the other, random
+sequences that repeat, and plain sentences from a little grammar. The {steps:,} steps of
+{tokens:,} tokens took {cpu:.0f} minutes of one CPU core, with torch {torch} and transformers
+{transformers}. One in ten of the pairs of names, and one wording of each fact, stay out of the
+sentences. The facts are written down in the script, and the model knows no others.
+
+To make this folder again:
+
+    python tools/train_tiny.py
+
+The script is deterministic: the same machine and versions give the same weights. Other processors
+and versions sum in another order and give other weights with scores like these.
+"""
+
+
+def card(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, steps: int, seconds: float
+) -> str:
+    """The model card, all of its numbers measured on ``model``."""
+    attention = watching_heads(model, tokenizer)
+    return CARD.format(
+        parameters=model.num_parameters(),
+        layers=model.config.n_layer,
+        count=model.config.n_head,
+        width=model.config.n_embd,
+        positions=POSITIONS,
+        vocabulary=len(tokenizer),
+        facts=len(facts()),
+        givings=len(unseen_givings()),
+        scores=score(model, tokenizer),
+        heads={role: _strongest(shares) for role, shares in attention.items()},
+        sentences=len(fact_sentences()),
+        steps=steps,
+        tokens=TOKENS_PER_STEP,
+        cpu=seconds / 60,
+        torch=torch.__version__.split("+")[0],
+        transformers=transformers.__version__,
+    )
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--out", type=Path, default=FOLDER)
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser = argparse.ArgumentParser(description="Train the model that ships with graftwork.")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder to write")
+    parser.add_argument("--steps", type=int, default=STEPS, help="training steps")
     options = parser.parse_args()
     torch.set_num_threads(THREADS)
     torch.use_deterministic_algorithms(True)
-    tokenizer = train_tokenizer()
     wall, cpu = time.perf_counter(), time.process_time()
+    tokenizer = train_tokenizer()
     model = train_model(tokenizer, options.steps)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    options.out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)
-    print(score(model, tokenizer))
-    print(f"{wall:.0f} s wall, {cpu:.0f} s CPU")
+    # The weights come out readable by their owner alone, which is no mode to ship a file in.
+    (options.out / "model.safetensors").chmod(0o644)
+    # Read back, so that the card is about the files and not about what was in memory.
+    model = GPT2LMHeadModel.from_pretrained(options.out)
+    tokenizer = AutoTokenizer.from_pretrained(options.out)
+    (options.out / "README.md").write_text(card(model, tokenizer, options.steps, cpu))
+    for name, value in score(model, tokenizer).items():
+        print(f"{name:20} {value:.1%}")
+    print(f"{model.num_parameters():,} parameters, {wall:.0f} s, {cpu:.0f} s of a core")
 
 
 if __name__ == "__main__":

@@ -21,11 +21,8 @@ from ..tracing.node import CALL, READ, WRITE, HookPoint, Node
 from ..tracing.operations import APPLY, PUT, VIEW
 from ..tracing.structure import leaves, map_leaves, snapshot
 from .plan import Arrival, Pass, Plan
-from .rows import BATCH, TOKEN, Axis, Change, Misfit, Place, TensorAxes, fit, narrow, put
+from .rows import Change, Misfit, Place, fit, narrow, put
 from .schedule import Schedule
-
-#: Token ids, as an entry point returns them: [row, token].
-_RESULT = TensorAxes((Axis(BATCH, 1), Axis(TOKEN, 1)), torch.long)
 
 
 class Stop(BaseException):
@@ -99,19 +96,22 @@ class Run:
         self._finished: set[int] = set()
         self._results: list[Arrival] = []
         self._outstanding = 0
-        self._may_stop = False
+        self._may_stop = self._whole = False
         self._rows = self._each = 1
         self._drain()
 
     # ---------------------------------------------------------------- a pass
 
-    def begin(self, one: Pass, extents: dict[int, tuple[int, int]], may_stop: bool) -> None:
+    def begin(
+        self, one: Pass, extents: dict[int, tuple[int, int]], may_stop: bool, whole: bool = False
+    ) -> None:
         """Get ready for one pass.
 
         Args:
             one: the pass.
             extents: rows and width in tokens of each invoke in it, in the order of the batch.
             may_stop: leave the forward after the last needed arrival.
+            whole: other invokes see the whole batch, and what the prompts have written in it.
         """
         sites: dict[tuple[str, str], Site] = {}
         self._results = []
@@ -132,6 +132,7 @@ class Run:
         self._extents = extents
         self._outstanding = wanted
         self._may_stop = may_stop
+        self._whole = whole
         self._each = 1
         self._place()
 
@@ -186,7 +187,7 @@ class Run:
         arrival = site.wanted.get((step, site.call))
         if arrival is None:
             return None
-        if self.places is None and not self._finished:
+        if self.places is None and not self._finished and not self._whole:
             result = self._take(arrival, arrival.reads, arrival.writes, value, None)
         else:
             result = self._take_parts(arrival, value)
@@ -195,12 +196,18 @@ class Run:
             raise Stop
         return result
 
-    def result(self, value: Any) -> None:
-        """Take in what the entry point returned for this pass, for the invokes in it."""
+    @property
+    def wants_result(self) -> bool:
+        return bool(self._results)
+
+    def result(self, parts: dict[int, Any]) -> None:
+        """Take in what the entry point returned in this pass for each of its invokes."""
         self.suspended = True  # what a module computes from here on is not the forward's
         for arrival in self._results:
-            own = [n for n in arrival.reads if n.invoke in self._extents]
-            self._take_parts(Arrival(arrival.hook_point, own, []), value)
+            for node in arrival.reads:
+                if node.invoke in parts:
+                    self._bind(node, parts[node.invoke])
+        self._drain()
         self.suspended = False
 
     def conclude(self, value: Any) -> None:
@@ -220,8 +227,7 @@ class Run:
         writes = [n for n in writes if n.invoke not in self._finished]
         axes = None
         if self.places is not None and (running or writes):
-            result = arrival.hook_point.port == "result"
-            axes = _RESULT if result else self._schedule().axes(arrival.hook_point)
+            axes = self._schedule().axes(arrival.hook_point)
         changed = self._take(arrival, running, writes, value, axes)
         rest = [n for n in arrival.writes if n.invoke not in self._extents]
         if whole or rest:

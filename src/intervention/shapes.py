@@ -160,10 +160,11 @@ class Shapes:
             return rows, [_shifted(key, *span) for span in spans]
         places = [list(range(start, stop))[key] for start, stop in spans]
         if len({len(taken) for taken in places}) > 1:
+            counts = sorted({len(taken) for taken in places})
+            lengths = sorted({stop - start for start, stop in spans})
             raise OperationError(
-                f"`.t[{key}]` takes {sorted({len(taken) for taken in places})} tokens from prompts of "
-                f"lengths {sorted({stop - start for start, stop in spans})}; give each prompt an invoke "
-                "of its own."
+                f"`.t[{key}]` takes {counts} tokens from prompts of lengths {lengths}; give each "
+                "prompt an invoke of its own."
             )
         return [[row] for row in rows], places
 

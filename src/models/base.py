@@ -46,6 +46,10 @@ class TensorPrompt:
     lengths: list[int]
     width: int = 0
 
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        return [(0, 0)] * len(self.lengths)
+
 
 class Model(Envoy):
     """Any `torch.nn.Module` with tensor inputs, ready for blocks.
@@ -119,6 +123,9 @@ class Model(Envoy):
         return None
 
     # ---------------------------------------------------------------- structure, for shapes
+
+    def keeps_cache(self, tracer: Tracer) -> bool:
+        return True
 
     def schedule(self) -> Schedule:
         """What the forward does, measured once without weights.
@@ -215,7 +222,9 @@ class Model(Envoy):
     def _run_pass(self, tracer: Tracer, run: Run, module: torch.nn.Module, one: Pass) -> Any:
         prompts = {index: tracer.invokes[index].prompt for index in one.invokes}
         may_stop = self._may_stop(tracer, module)
-        run.begin(one, {i: (len(p.lengths), p.width) for i, p in prompts.items()}, may_stop)
+        extents = {i: (len(p.lengths), p.width) for i, p in prompts.items()}
+        whole = any(invoker.prompt is None for invoker in tracer.invokes)
+        run.begin(one, extents, may_stop, whole)
         if may_stop and not run.sites:
             return None
         try:
@@ -223,8 +232,13 @@ class Model(Envoy):
                 result = self._forward(tracer, module, list(prompts.values()))
         except Stop:
             return None
-        run.result(result)
+        if run.wants_result:
+            run.result(self._parts(tracer, prompts, result))
         return result
+
+    def _parts(self, tracer: Tracer, prompts: dict[int, Any], result: Any) -> dict[int, Any]:
+        """What the entry point returned for each prompt of a pass."""
+        raise NotImplementedError
 
     def _around(
         self, tracer: Tracer, run: Run, module: torch.nn.Module, prompts: list[Any]

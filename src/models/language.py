@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from ..envoy import Alias
 from ..intervention import Plan, Run
 from ..tracing.context import Tracer
-from ..tracing.errors import InputError, LoadError
+from ..tracing.errors import InputError, LoadError, near
 from .architectures import IDS, POSITIONS, alias_of, padding_of
 from .base import Model, accepts
 from .loading import Checkpoint
@@ -21,6 +22,15 @@ from .prompts import PER_TOKEN, Reader, TextPrompt, batch
 logger = logging.getLogger("graftwork")
 
 _REMOTE = ("remote", "server")
+#: Options of `generate` that end a row for reasons that only transformers knows.
+_ENDS_ROWS = ("stop_strings", "stopping_criteria", "max_time")
+#: Options that look at the ids so far, with the padding of the prompt.
+_SEES_PADDING = (
+    "repetition_penalty", "no_repeat_ngram_size", "encoder_repetition_penalty", "min_length",
+    "encoder_no_repeat_ngram_size", "prefix_allowed_tokens_fn", "logits_processor", "guidance_scale",
+    "sequence_bias", "bad_words_ids", "watermarking_config", "penalty_alpha", "assistant_model",
+    "prompt_lookup_num_tokens",
+)  # fmt: skip
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
@@ -188,6 +198,10 @@ class LanguageModel(Model):
             inputs["decoder_input_ids"] = whole()
         return (), inputs
 
+    def keeps_cache(self, tracer: Tracer) -> bool:
+        given = tracer.kwargs.get("generation_config") or self.tree().generation_config
+        return tracer.kwargs.get("use_cache", getattr(given, "use_cache", True)) is not False
+
     def _sorts_tokens(self, module: torch.nn.Module) -> bool:
         # Every class of experts that transformers can switch between implementations has this mark.
         return hasattr(module, "_is_expert_parallel")
@@ -224,23 +238,75 @@ class LanguageModel(Model):
             if kwargs.pop(name, False):
                 raise InputError(f"`{name}=`: running on a server is not in this release.")
         inputs = {key: kwargs.pop(key) for key in PER_TOKEN if key in kwargs}
+        if kwargs and not generates:
+            self._check_keywords(kwargs)
         return Tracer(
             self, self, generates=generates, args=args, prompt_kwargs=inputs, kwargs=kwargs
         )
+
+    def _check_keywords(self, given: Iterable[str]) -> None:
+        """Refuse what the forward does not know: transformers ignores it, and a typo has no effect."""
+        from transformers.utils.generic import TransformersKwargs
+
+        module = self.tree()
+        if not type(module).__module__.startswith("transformers."):
+            return
+        known = {*inspect.signature(module.forward).parameters, *TransformersKwargs.__annotations__}
+        known.add("return_dict")
+        for name in given:
+            if name not in known:
+                kind = type(module).__name__
+                raise InputError(
+                    f"the forward of {kind} has no input `{name}`. {near(name, known)}"
+                )
 
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TextPrompt:
         return self._reader.read(args, kwargs)
 
     def execute(self, tracer: Tracer) -> Any:
         if tracer.generates and self._reader.limit is not None:
-            grows = int(tracer.kwargs.get("max_new_tokens") or 0)
-            for invoker in tracer.invokes:
-                if invoker.prompt is not None and invoker.prompt.width + grows > self._reader.limit:
-                    raise InputError(
-                        f"the prompt of {invoker.prompt.width} tokens ({invoker.location}) and "
-                        f"max_new_tokens={grows} pass the {self._reader.limit} positions of the model."
-                    )
+            self._check_length(tracer, self._reader.limit)
         return super().execute(tracer)
+
+    def _check_length(self, tracer: Tracer, limit: int) -> None:
+        new = tracer.kwargs.get("max_new_tokens")
+        total = tracer.kwargs.get("max_length")
+        for invoker in tracer.invokes:
+            if invoker.prompt is None:
+                continue
+            width = invoker.prompt.width
+            if new is None and total is not None:
+                new = int(total) - width
+            # The last token is not fed to the model.
+            if width + int(new or 0) - 1 > limit:
+                raise InputError(
+                    f"the prompt of {width} tokens ({invoker.location}) and {new} new ones "
+                    f"pass the {limit} positions of the model."
+                )
+
+    def _batches(self, tracer: Tracer, wave: list[int]) -> list[list[int]]:
+        if not tracer.generates or len(wave) <= 1:
+            return super()._batches(tracer, wave)
+        # Architectures that are not known may mix the states of rows of one length, too: RWKV does.
+        if self._padding is None or any(self._option(tracer, name) for name in _ENDS_ROWS):
+            return [[index] for index in wave]
+        batches = super()._batches(tracer, wave)
+        new = self._option(tracer, "max_new_tokens")
+        if any(self._option(tracer, name) for name in _SEES_PADDING) or new is None:
+            widths = [{tracer.invokes[i].prompt.width: None for i in one} for one in batches]
+            batches = [
+                [i for i in one if tracer.invokes[i].prompt.width == width]
+                for one, found in zip(batches, widths, strict=True)
+                for width in found
+            ]
+        return batches
+
+    def _option(self, tracer: Tracer, name: str) -> Any:
+        """An option of the generation; None for a value that asks for nothing."""
+        given = tracer.kwargs.get("generation_config") or self.tree().generation_config
+        value = tracer.kwargs.get(name, getattr(given, name, None))
+        neutral = isinstance(value, (int, float)) and value in (0, 1) and name != "max_new_tokens"
+        return None if neutral else value
 
     def _shape_class(self, prompt: Any) -> Any:
         other = {k: id(v) if isinstance(v, torch.Tensor) else v for k, v in prompt.other.items()}
@@ -323,23 +389,39 @@ class LanguageModel(Model):
             return None
         return torch.as_tensor(ids).flatten()
 
+    def _sequences(
+        self, tracer: Tracer, prompts: dict[int, TextPrompt], result: Any
+    ) -> dict[int, torch.Tensor]:
+        """Each prompt's own token ids [row, token] of a generated batch, as if it had run alone."""
+        ids = result if isinstance(result, torch.Tensor) else result.sequences
+        endings = self._endings(tracer, self.load())
+        width = max(prompt.width for prompt in prompts.values())
+        each = ids.shape[0] // sum(prompt.rows for prompt in prompts.values())
+        found, start = {}, 0
+        for index, prompt in prompts.items():
+            own = ids[start : start + prompt.rows * each]
+            start += prompt.rows * each
+            if not self.config.is_encoder_decoder:
+                own = own[:, width - prompt.width :]
+            found[index] = _until_end(own, prompt.width, endings)
+        return found
+
+    def _parts(self, tracer: Tracer, prompts: dict[int, Any], result: Any) -> dict[int, Any]:
+        if len(prompts) == 1:
+            return dict.fromkeys(prompts, result)
+        found = self._sequences(tracer, prompts, result)
+        if isinstance(result, torch.Tensor):
+            return found
+        return {index: type(result)(sequences=own) for index, own in found.items()}
+
     def _join(self, tracer: Tracer, work: Plan, results: list[Any]) -> Any:
         if not tracer.generates:
             return super()._join(tracer, work, results)
         parts: dict[int, tuple[Any, int]] = {}
-        endings = self._endings(tracer, self.load())
         for one, result in zip(work.passes, results, strict=True):
-            ids = result if isinstance(result, torch.Tensor) else result.sequences
             prompts = {index: tracer.invokes[index].prompt for index in one.invokes}
-            width = max(prompt.width for prompt in prompts.values())
-            each = ids.shape[0] // sum(prompt.rows for prompt in prompts.values())
-            start = 0
-            for index, prompt in prompts.items():
-                own = ids[start : start + prompt.rows * each]
-                start += prompt.rows * each
-                if not self.config.is_encoder_decoder:
-                    own = own[:, width - prompt.width :]
-                parts[index] = (_until_end(own, prompt.width, endings), prompt.width)
+            for index, own in self._sequences(tracer, prompts, result).items():
+                parts[index] = (own, prompts[index].width)
         for index, (own, _) in parts.items():
             tracer.invokes[index].output = own
         if len(results) == 1:

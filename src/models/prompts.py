@@ -30,21 +30,31 @@ class TextPrompt:
     Attributes:
         inputs: model inputs [row, token] (`inputs_embeds` [row, token, d_model]), rows of different
             lengths padded on the left; always with `attention_mask`.
+        spans: where the tokens of each row begin and end in it; outside is padding.
         lengths: own tokens of each row.
         width: tokens of the longest row.
         other: further keyword inputs of the model, the same for the whole batch.
     """
 
-    __slots__ = ("inputs", "lengths", "other", "width")
+    __slots__ = ("inputs", "lengths", "other", "spans", "width")
 
     def __init__(self, inputs: dict[str, torch.Tensor], other: dict[str, Any]) -> None:
         self.inputs = inputs
         self.other = other
         mask = inputs["attention_mask"]
         self.width = mask.shape[1]
-        # Left padding counts as no token; a zero inside the prompt is the user's own masking.
-        seen = mask.bool().long().cumsum(1) > 0
-        self.lengths = [int(n) for n in seen.sum(1)]
+        self.spans = [(0, self.width)] * mask.shape[0]
+        self.lengths = [self.width] * mask.shape[0]
+        if bool(mask.all()):
+            return
+        # Zeros at the ends are padding; a zero inside the prompt is the user's own masking.
+        seen = mask.bool().long()
+        starts = (seen.cumsum(1) == 0).sum(1).tolist()
+        after = (seen.flip(1).cumsum(1) == 0).sum(1).tolist()
+        self.spans = [(a, self.width - b) for a, b in zip(starts, after, strict=True)]
+        self.lengths = [stop - start for start, stop in self.spans]
+        if min(self.lengths) <= 0:
+            raise InputError("the attention mask masks every token of a row.")
 
     @property
     def rows(self) -> int:
@@ -159,13 +169,13 @@ class Reader:
                 raise InputError("the prompt is an empty list.")
             if all(isinstance(part, str) for part in prompt):
                 return self._tokenize(list(prompt))
-            if all(isinstance(part, int) for part in prompt):
-                return {"input_ids": torch.tensor([list(prompt)])}
+            if all(isinstance(part, (int, float)) for part in prompt):
+                return {"input_ids": _rows("input_ids", torch.tensor([list(prompt)]))}
             if all(
                 isinstance(part, (Sequence, torch.Tensor)) and not isinstance(part, str)
                 for part in prompt
             ):
-                return self._pad([torch.as_tensor(part).long().flatten() for part in prompt])
+                return self._pad([_row(part) for part in prompt])
         raise InputError(
             f"a prompt of type {type(prompt).__name__} cannot be read. Give a string, a list of "
             "strings, token ids (list or tensor), or a mapping with `input_ids`."
@@ -191,16 +201,24 @@ class Reader:
     def _pad(self, ids: list[torch.Tensor]) -> dict[str, Any]:
         if any(row.numel() == 0 for row in ids):
             raise InputError("a prompt of the list is empty: it has no tokens.")
-        if not self.pads and len({row.numel() for row in ids}) > 1:
+        lengths = sorted({row.numel() for row in ids})
+        if not self.pads and len(lengths) > 1:
             raise InputError(
-                f"a list of prompts of {sorted({row.numel() for row in ids})} tokens would need padding, "
-                f"and {self.name} is not known to compute the same with it. Give each prompt an invoke "
-                "of its own."
+                f"a list of prompts of {lengths} tokens would need padding, and {self.name} is not "
+                "known to compute the same with it. Give each prompt an invoke of its own."
             )
         return {
             "input_ids": pad_left(ids, self.pad),
             "attention_mask": pad_left([torch.ones_like(row) for row in ids], 0),
         }
+
+
+def _row(ids: Any) -> torch.Tensor:
+    """Token ids [token] of one prompt of a list."""
+    rows = _rows("input_ids", ids) if len(ids) else torch.zeros(1, 0, dtype=torch.long)
+    if len(rows) > 1:
+        raise InputError(f"a prompt of the list has shape {list(rows.shape)}; [token] is wanted.")
+    return rows[0]
 
 
 def _rows(name: str, value: Any) -> torch.Tensor:
@@ -213,7 +231,7 @@ def _rows(name: str, value: Any) -> torch.Tensor:
         raise InputError(
             f"`{name}` has shape {list(tensor.shape)}; [token] or [row, token] is wanted."
         )
-    if name == "input_ids" and tensor.is_floating_point():
+    if name == "input_ids" and (tensor.is_floating_point() or tensor.dtype == torch.bool):
         raise InputError(
             f"token ids are whole numbers, found {str(tensor.dtype).removeprefix('torch.')}. "
             "Embeddings are given as `inputs_embeds=`."

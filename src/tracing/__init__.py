@@ -3,6 +3,7 @@
 This room knows torch tensors and no modules. Nothing here runs a model.
 """
 
+from . import einops_backend as einops_backend
 from .context import Invoker, Tracer, current_tracer
 from .errors import GraftworkError
 from .graph import Graph

@@ -290,3 +290,12 @@ class LoadError(GraftworkError):
 
 class OperationError(GraftworkError, TypeError):
     """An operation that cannot be recorded."""
+
+    @classmethod
+    def outside_write(cls, name: str) -> OperationError:
+        what = "tensor[...] = value" if name == "__setitem__" else f"tensor.{name}(value)"
+        return cls(
+            f"`{what}` with a value of the block would change a tensor from outside, when the block "
+            "is only being written. Build the result from values instead (`torch.stack`, "
+            "`torch.cat`, `torch.where`), or save the value and copy it after the block."
+        )

@@ -23,8 +23,15 @@ PURE, VIEW, IN_PLACE = "pure", "view", "in place"
 
 def _clone(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        return value.clone(memory_format=torch.contiguous_format)
-    return value
+        # Keeps the strides: which operations on it are views must not depend on earlier writes.
+        return value.clone()
+    return list(value) if type(value) is list else value
+
+
+def _shares(view: Any, whole: Any) -> bool:
+    if not isinstance(view, torch.Tensor) or not isinstance(whole, torch.Tensor):
+        return view is whole
+    return view is whole or torch._C._is_alias_of(view, whole)
 
 
 class Operation:
@@ -37,9 +44,11 @@ class Operation:
         fresh: the result is new memory, shared with no argument.
         inverse: `inverse(whole, part, *args)` is `whole` with its part replaced. Views without one
             are put back by taking the same view of a copy.
+        copies: a view that torch replaces by a copy where it has to, as `reshape` and `to` do.
+            Which it is, the value tells.
     """
 
-    __slots__ = ("effect", "fresh", "function", "inverse", "name")
+    __slots__ = ("copies", "effect", "fresh", "function", "inverse", "name")
 
     def __init__(
         self,
@@ -48,17 +57,26 @@ class Operation:
         effect: str = PURE,
         fresh: bool = False,
         inverse: Callable[..., Any] | None = None,
+        copies: bool = False,
     ) -> None:
         self.name = name
         self.function = function
         self.effect = effect
         self.fresh = fresh
         self.inverse = inverse
+        self.copies = copies
+
+    def again(self, whole: Any, part: Any, *args: Any, **kwargs: Any) -> Any:
+        """What this view shows after its whole has changed; a copy stays what it was."""
+        view = self.function(whole, *args, **kwargs)
+        return view if _shares(view, whole) else part
 
     def put(self, whole: Any, part: Any, *args: Any, **kwargs: Any) -> Any:
         """`whole` with the part that this view shows replaced by `part`."""
         if self.inverse is not None:
             return self.inverse(whole, part, *args, **kwargs)
+        if self.copies and not _shares(self.function(whole, *args, **kwargs), whole):
+            return whole
         changed = _clone(whole)
         _copy_into(self.function(changed, *args, **kwargs), part)
         return changed
@@ -104,6 +122,10 @@ def _field(value: Any, name: str) -> Any:
 def _put_field(whole: Any, part: Any, name: str) -> Any:
     if isinstance(whole, dict):
         return _put_item(whole, part, name)
+    if isinstance(whole, torch.Tensor):
+        changed = _clone(whole)
+        _copy_into(_field(changed, name), part)
+        return changed
     if dataclasses.is_dataclass(whole):
         fields = [f.name for f in dataclasses.fields(whole)]
     else:
@@ -167,7 +189,7 @@ def _apply(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 GETITEM = Operation("getitem", operator.getitem, VIEW, inverse=_put_item)
 TAKE = Operation("getitem", operator.getitem)
-SETITEM = Operation("setitem", _set_item, IN_PLACE, fresh=True)
+SETITEM = Operation("setitem", _set_item, IN_PLACE)
 FIELD = Operation("field", _field, VIEW, inverse=_put_field)
 ELEMENT = Operation("element", _element, VIEW, inverse=_put_element)
 FIRST_ARGUMENT = Operation("first argument", _first_argument, VIEW, inverse=_put_first_argument)
@@ -180,17 +202,27 @@ def _put(whole: Any, part: Any, view: Operation, args: Any, kwargs: Any) -> Any:
 
 PUT = Operation("put", _put)
 
+
+def _again(whole: Any, part: Any, view: Operation, args: Any, kwargs: Any) -> Any:
+    return view.again(whole, part, *args, **kwargs)
+
+
+AGAIN = Operation("again", _again)
+
 #: Attributes of a tensor that are data, not methods.
-TENSOR_PROPERTIES = frozenset({"T", "H", "mT", "mH", "real", "imag"})
-_VIEW_PROPERTIES = TENSOR_PROPERTIES
+TENSOR_PROPERTIES = frozenset({"T", "H", "mT", "mH", "real", "imag", "data"})
 
 #: Tensor methods and torch functions whose result shows the memory of their first argument.
-#: `reshape` and `flatten` count as views: a written part is always carried back.
 VIEWS = frozenset(
-    "view view_as reshape reshape_as transpose permute unsqueeze squeeze flatten unflatten ravel "
-    "split split_with_sizes chunk unbind tensor_split narrow select diagonal movedim moveaxis "
-    "swapaxes swapdims expand expand_as t adjoint hsplit vsplit dsplit unsafe_chunk unsafe_split"
-    "".split()
+    "view view_as transpose permute unsqueeze squeeze unflatten split split_with_sizes chunk unbind "
+    "tensor_split narrow select diagonal movedim moveaxis swapaxes swapdims expand expand_as t "
+    "adjoint hsplit vsplit dsplit unsafe_chunk unsafe_split detach unfold broadcast_to".split()
+)
+
+#: Those that copy where they must, see `Operation.copies`.
+MAYBE_VIEWS = frozenset(
+    "reshape reshape_as flatten ravel contiguous to type type_as float double half bfloat16 bool int "
+    "long cpu cuda atleast_1d atleast_2d atleast_3d positive".split()
 )
 
 #: Functions whose result is new memory, so that saving it needs no copy.
@@ -221,12 +253,13 @@ def operators() -> dict[str, Operation]:
         word = name.strip("_")
         table[f"__{word}__"] = Operation(word, function, fresh=True)
         table[f"__r{word}__"] = Operation(f"r{word}", _reflect(function), fresh=True)
-        in_place = getattr(operator, f"i{word}", None)
-        if in_place is not None:
+        # `h @= w` has no in-place form: Python binds the name anew.
+        if hasattr(torch.Tensor, f"__i{word}__"):
+            in_place = getattr(operator, f"i{word}")
             table[f"__i{word}__"] = Operation(f"i{word}", _in_place(in_place), IN_PLACE)
     for name in COMPARE + UNARY:
-        # `+x` may return x itself.
-        table[f"__{name}__"] = Operation(name, getattr(operator, name), fresh=name != "pos")
+        table[f"__{name}__"] = Operation(name, getattr(operator, name), fresh=True)
+    table["__pos__"] = Operation("pos", operator.pos, VIEW, copies=True)
     return table
 
 
@@ -236,6 +269,15 @@ OPERATORS = operators()
 def is_in_place(name: str) -> bool:
     """Torch's convention: a trailing underscore."""
     return name.endswith("_") and not name.endswith("__")
+
+
+def _named(name: str, function: Callable[..., Any]) -> Operation:
+    """The operation of a torch method or function, by what its name says that it does."""
+    if is_in_place(name):
+        return Operation(name, _in_place(function), IN_PLACE)
+    copies = name in MAYBE_VIEWS
+    effect = VIEW if copies or name in VIEWS else PURE
+    return Operation(name, function, effect, name in FRESH, copies=copies)
 
 
 def _methods() -> dict[str, Operation]:
@@ -250,10 +292,7 @@ def _methods() -> dict[str, Operation]:
                 raise AttributeError(f"{type(value).__name__} has no method `{_name}`")
             return method(*args, **kwargs)
 
-        if is_in_place(name):
-            table[name] = Operation(name, _in_place(function), IN_PLACE)
-        else:
-            table[name] = Operation(name, function, VIEW if name in VIEWS else PURE, name in FRESH)
+        table[name] = _named(name, function)
     return table
 
 
@@ -268,15 +307,7 @@ def function_operation(function: Callable[..., Any]) -> Operation:
     known = _functions.get(function)
     if known is None:
         name = getattr(function, "__name__", str(function))
-        if name in OPERATORS:
-            known = OPERATORS[name]
-        elif name == "__get__":
-            name = getattr(getattr(function, "__self__", None), "__name__", name)
-            known = Operation(name, function, VIEW if name in _VIEW_PROPERTIES else PURE)
-        elif is_in_place(name):
-            known = Operation(name, _in_place(function), IN_PLACE)
-        else:
-            known = Operation(name, function, VIEW if name in VIEWS else PURE, name in FRESH)
+        known = OPERATORS.get(name) or _named(name, function)
         _functions[function] = known
     return known
 

@@ -11,7 +11,9 @@ the value from before it.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import operator
 import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -31,6 +33,7 @@ from .errors import (
 from .graph import Box
 from .node import CALL, WRITE, Captured, HookPoint, Node, user_line
 from .operations import (
+    AGAIN,
     APPLY,
     ELEMENT,
     FIELD,
@@ -46,15 +49,49 @@ from .operations import (
     VIEW,
     Operation,
     function_operation,
+    is_in_place,
 )
 from .recording import ABANDONED, DONE, FAILED, OPEN, Recording
-from .structure import ATOMS, leaves, map_leaves
+from .structure import ATOMS, children, leaves, map_leaves
 
 # Answered at once from the schedule: they return numbers, not values.
-_SHAPE_METHODS = frozenset({"size", "dim", "numel", "nelement", "ndimension", "is_floating_point"})
+_SHAPE_METHODS = frozenset(
+    "size dim numel nelement ndimension is_floating_point is_complex is_signed element_size".split()
+)
+_SHAPE_PROPERTIES = frozenset("itemsize nbytes layout is_nested is_sparse is_quantized".split())
+_DICT_METHODS = frozenset({"keys", "values", "items", "get", "to_tuple"})
 _ON_DEMAND = frozenset({"item", "tolist", "numpy"})
 # Methods of sparse tensors, and fields of what max, sort and topk return: the fields are meant.
 _FIELDS_FIRST = frozenset({"values", "indices"})
+_INDEX_DTYPES = frozenset({torch.int64, torch.int32, torch.int16, torch.int8})
+# What torch calls the argument that a function may show or change.
+_FIRST = frozenset({"input", "tensor", "self"})
+# Ufuncs that Python's operators call under another name.
+_UFUNCS = {
+    "add": "add",
+    "subtract": "sub",
+    "multiply": "mul",
+    "divide": "truediv",
+    "true_divide": "truediv",
+    "floor_divide": "floordiv",
+    "remainder": "mod",
+    "power": "pow",
+    "matmul": "matmul",
+    "bitwise_and": "and_",
+    "bitwise_or": "or_",
+    "bitwise_xor": "xor",
+    "left_shift": "lshift",
+    "right_shift": "rshift",
+    "equal": "eq",
+    "not_equal": "ne",
+    "less": "lt",
+    "less_equal": "le",
+    "greater": "gt",
+    "greater_equal": "ge",
+    "negative": "neg",
+    "absolute": "abs",
+    "invert": "invert",
+}
 
 
 class Proxy:
@@ -71,9 +108,6 @@ class Proxy:
     """
 
     __slots__ = ("_box", "_node", "_parent", "_place", "_recording", "_seen", "_view")
-
-    # numpy must not spread an operation over our elements, but leave it to our reflected operator.
-    __array_ufunc__ = None
 
     def __init__(
         self,
@@ -108,7 +142,8 @@ class Proxy:
             return self
         node = _current(self)
         box = self._box = recording.save(node)
-        return type(self)(recording, node, None, self, None, node, box)
+        saved = box.handle = type(self)(recording, node, None, self, None, node, box)
+        return saved
 
     @property
     def value(self) -> Any:
@@ -195,10 +230,15 @@ class Proxy:
     def _length(self, use: str) -> int:
         fake = self._recording.ask().value(_current(self))
         if isinstance(fake, torch.Tensor) and fake.ndim == 0:
-            raise OperationError(f"{use} over a scalar: {self._node.describe()}")
+            raise OperationError(
+                f"{use} of a scalar: {self._node.describe()}. To make one tensor of several values "
+                "use `torch.stack`, not `torch.tensor`."
+            )
         return len(fake)
 
     def __contains__(self, item: Any) -> bool:
+        if self._recording.state is OPEN and isinstance(item, str):
+            return item in self._recording.ask().value(_current(self))
         return _unwrap(item) in self._on_demand("in")
 
     # ---------------------------------------------------------------- attributes and calls
@@ -210,7 +250,7 @@ class Proxy:
             return getattr(self._known(), name)
         if name in TENSOR_PROPERTIES:
             return _record(self._recording, FIELD, (self, name), {})
-        if name in _SHAPE_METHODS:
+        if name in _SHAPE_METHODS or name in _SHAPE_PROPERTIES:
             return getattr(self._recording.ask().value(_current(self)), name)
         if name in _ON_DEMAND:
             self._on_demand(f".{name}()")
@@ -228,9 +268,14 @@ class Proxy:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         view = self._view
         if view is not None and view[0] is FIELD:
-            name = view[1][0]
-            if name in METHODS and self._parent is not None:
-                return Method(self._parent, name)(*args, **kwargs)
+            name, parent = view[1][0], self._parent
+            assert parent is not None
+            if name in _DICT_METHODS and parent._recording.state is OPEN:
+                fake = parent._recording.ask().value(_current(parent))
+                if isinstance(fake, dict):
+                    return _dict_method(parent, fake, name, *args)
+            if name in METHODS:
+                return Method(parent, name)(*args, **kwargs)
             raise OperationError(
                 f"`{name}` is no method of a tensor. {near(name, METHODS)} Any function can be "
                 "recorded with `graftwork.apply(function, proxy)`."
@@ -282,9 +327,30 @@ class Proxy:
         array = np.asarray(self._on_demand("numpy"), dtype=dtype)
         return array.copy() if copy else array
 
-    def __reduce__(self) -> Any:
-        # A saved proxy is pickled and copied as its value.
-        return _identity, (self._on_demand("pickle"),)
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        # `array + proxy` ends here, too.
+        if self._recording.state is not OPEN:
+            arrays = [np.asarray(x) if isinstance(x, torch.Tensor) else x for x in _unwrap(inputs)]
+            return torch.from_numpy(np.asarray(getattr(ufunc, method)(*arrays, **_unwrap(kwargs))))
+        operation = _UFUNCS.get(ufunc.__name__)
+        if operation is None or method != "__call__" or kwargs:
+            raise NotRunError.on_demand(
+                f"numpy.{ufunc.__name__}", self._node.describe(), user_line(1)
+            )
+        return getattr(operator, operation)(*map(_tensor, inputs))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # A saved proxy is pickled as its value, so that `torch.load` needs no trust in our names.
+        value = self._on_demand("pickle")
+        if isinstance(value, torch.Tensor):
+            return value.__reduce_ex__(protocol)
+        return _identity, (value,)
+
+    def __copy__(self) -> Any:
+        return copy.copy(self._on_demand("copy"))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self._on_demand("copy"), memo)
 
     def __dir__(self) -> list[str]:
         if self._recording.state is OPEN:
@@ -320,10 +386,15 @@ class Proxy:
         if kwargs.get("out") is not None:
             raise OperationError("`out=` cannot be recorded; assign the result instead.")
         name = getattr(function, "__name__", "")
+        if not args and _FIRST & kwargs.keys():
+            key = next(key for key in kwargs if key in _FIRST)
+            args, kwargs = (kwargs[key],), {k: v for k, v in kwargs.items() if k != key}
         first = args[0] if args else None
         if name == "__get__":
             described = getattr(getattr(function, "__self__", None), "__name__", "")
             return getattr(first, described)
+        if name in _SHAPE_METHODS and isinstance(first, Proxy):
+            return getattr(first, name)(*args[1:], **kwargs)
         if name == "__getitem__":
             operation = GETITEM if _is_view_key(args[1]) else TAKE
             return _record(recording, operation, args, kwargs)
@@ -331,7 +402,9 @@ class Proxy:
         if kwargs.get("inplace") and isinstance(first, Proxy):
             kwargs = {**kwargs, "inplace": False}
             operation = Operation(operation.name, operation.function, IN_PLACE)
-        if operation.effect is IN_PLACE and not isinstance(first, Proxy):
+        if (operation.effect is IN_PLACE or name == "__setitem__") and not isinstance(first, Proxy):
+            if name == "__setitem__" or is_in_place(name):
+                raise OperationError.outside_write(name)
             # `tensor += proxy`: a tensor from outside is not changed, the name is bound anew.
             operation = Operation(operation.name, operation.function)
         return _record(recording, operation, args, kwargs)
@@ -434,9 +507,10 @@ def _current(proxy: Proxy) -> Node:
         else:
             operation, args, kwargs = proxy._view
             recording = proxy._recording
-            proxy._node = recording.graph.append(
-                CALL, operation, (node, *args), kwargs, recording.invoke
-            )
+            again = (node, *args)
+            if operation.copies:
+                operation, again, kwargs = AGAIN, (node, proxy._node, operation, args, kwargs), {}
+            proxy._node = recording.graph.append(CALL, operation, again, kwargs, recording.invoke)
     return proxy._node
 
 
@@ -493,9 +567,16 @@ def _is_part(value: Any, whole: Proxy, operation: Operation, args: tuple[Any, ..
     """True if `value` is that view of `whole` already, so that storing it there changes nothing."""
     if type(value) is not Proxy or value._parent is not whole or value._view is None:
         return False
-    # Slices compare by their parts only in newer Pythons; their text does in all.
-    same = value._view[0] is operation and repr(value._view[1]) == repr(args)
+    same = value._view[0] is operation and _same_key(value._view[1], args)
     return same and value._seen is _current(whole)
+
+
+def _same_key(one: Any, other: Any) -> bool:
+    # Slices compare by their parts only in newer Pythons.
+    first, second = children(one), children(other)
+    if first is None or second is None:
+        return one is other or (type(one) is type(other) and type(one) in ATOMS and one == other)
+    return type(one) is type(other) and all(map(_same_key, first, second))
 
 
 def _as_node(recording: Recording, value: Any, like: Node) -> Node:
@@ -566,7 +647,7 @@ def _lower(recording: Recording, value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return _capture(recording, value)
     if isinstance(value, np.ndarray):
-        return _capture(recording, torch.from_numpy(value.copy()))
+        return _capture(recording, _tensor(value))
     if isinstance(value, (Tokens, Method)):
         raise OperationError(
             f"{value._proxy._node.describe()} is followed by `.t` or a method that was not applied: "
@@ -631,7 +712,22 @@ def _is_view_key(key: Any) -> bool:
         return all(_is_view_key(part) for part in key)
     if type(key) is slice:
         return not any(isinstance(part, Proxy) for part in (key.start, key.stop, key.step))
-    return key is None or key is Ellipsis or (type(key) in (int, str))
+    if key is None or key is Ellipsis or type(key) in (int, str) or isinstance(key, np.integer):
+        return True
+    return isinstance(key, torch.Tensor) and key.ndim == 0 and key.dtype in _INDEX_DTYPES
+
+
+def _dict_method(proxy: Proxy, fake: dict[str, Any], name: str, *args: Any) -> Any:
+    """What `proxy.name(*args)` gives for a value that is a dict like `fake`."""
+    if name == "keys":
+        return list(fake)
+    if name == "get":
+        key, default = (*args, None)[:2]
+        return proxy[key] if key in fake else default
+    values = [proxy[key] for key in fake]
+    if name == "items":
+        return list(zip(fake, values, strict=True))
+    return tuple(values) if name == "to_tuple" else values
 
 
 def _described(proxy: Proxy, part: Callable[[Any], Any]) -> Any:
@@ -641,7 +737,7 @@ def _described(proxy: Proxy, part: Callable[[Any], Any]) -> Any:
     return map_leaves(lambda leaf: part(leaf) if isinstance(leaf, torch.Tensor) else leaf, fake)
 
 
-def apply(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def apply(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     """Run any Python function on the values of proxies, at that point of the run.
 
     Args:
@@ -657,6 +753,10 @@ def apply(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return function(*_unwrap(args), **_unwrap(kwargs))
 
 
+def _tensor(value: Any) -> Any:
+    return torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
+
+
 def _operator(name: str, operation: Operation) -> Callable[..., Any]:
     python = operation.function
 
@@ -666,7 +766,7 @@ def _operator(name: str, operation: Operation) -> Callable[..., Any]:
         if operation.effect is IN_PLACE:
             # A saved value is a tensor like any other: `h += 1` after the run changes it.
             return getattr(self._known(), name)(*_unwrap(args))
-        return python(self._known(), *_unwrap(args))
+        return python(self._known(), *map(_tensor, _unwrap(args)))
 
     method.__name__ = name
     return method

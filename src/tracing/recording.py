@@ -52,6 +52,9 @@ class Recording:
         cycle may keep a dropped value until the garbage collector comes by."""
         self.state = state
         self.current.clear()
+        for _, box in self.graph.saves:
+            # A saved part would keep the saved whole alive.
+            box.handle._parent = box.handle = None
         self.graph.release()
         self.oracle = None
 
