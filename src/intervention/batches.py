@@ -13,8 +13,10 @@ from collections.abc import Hashable, Iterable, Sequence
 
 from ..tracing.errors import OrderError
 from ..tracing.graph import Graph
+from ..tracing.node import READ, WRITE, HookPoint
 from .order import Edge, levels, position, units
 from .plan import Facts, Pass, Settings
+from .rows import splits
 from .schedule import Schedule
 
 #: Most padding in a batch, as a share of its tokens.
@@ -34,6 +36,28 @@ class Reuse:
     start: dict[int, int] = dataclasses.field(default_factory=dict)
     base: dict[int, int] = dataclasses.field(default_factory=dict)
     whole: set[int] = dataclasses.field(default_factory=set)
+
+
+def unsplittable(
+    graph: Graph, live: bytearray, schedule: Schedule, invokes: Sequence[int], facts: Facts
+) -> set[int]:
+    """The invokes that use a value which cannot be split into prompts: they run alone."""
+    members = set(invokes)
+    padded = len({facts.extent(invoke)[1] for invoke in invokes}) > 1
+    known: dict[HookPoint, bool] = {}
+    alone = set()
+    for node in graph.nodes:
+        if not live[node.index] or node.kind not in (READ, WRITE) or node.invoke not in members:
+            continue
+        can = known.get(node.target)
+        if can is None:
+            visit = schedule.find(node.target)
+            can = known[node.target] = node.target.port == "result" or (
+                visit is not None and splits(visit.axes, padded)
+            )
+        if not can:
+            alone.add(node.invoke)
+    return alone
 
 
 def first_written_blocks(
@@ -59,6 +83,7 @@ def reuse(
     invokes: Sequence[int],
     group: dict[int, frozenset[int]],
     facts: Facts,
+    alone: set[int],
 ) -> Reuse:
     """Decide which prompts start from a shared prefix: where that saves blocks."""
     result = Reuse()
@@ -67,7 +92,7 @@ def reuse(
     classes: dict[Hashable, list[int]] = {}
     for invoke in invokes:
         identity = facts.identity(invoke)
-        if identity is not None and len(group[invoke]) == 1:
+        if identity is not None and len(group[invoke]) == 1 and invoke not in alone:
             classes.setdefault(identity, []).append(invoke)
     written = {invoke for (invoke, _), node in graph.writes.items() if live[node.index]}
     starts = first_written_blocks(graph, live, schedule, invokes)
@@ -126,34 +151,41 @@ def arrange(
     settings: Settings,
     schedule: Schedule | None,
     together: bool,
+    all_logits: bool,
 ) -> list[Pass]:
     """The passes of a block with several prompts, in order, without their arrivals.
 
     Args:
         uses: uses of one invoke's values in another's writes.
         schedule: None if the model cannot be measured: then each prompt runs alone.
+        all_logits: the logits of all positions are computed.
         together: something in the block sees the whole batch, so it must not be split.
 
     Raises:
         OrderError: invokes wait for each other.
     """
     group = units(prompted, uses)
+    alone: set[int] = set()
+    if schedule is not None and not together:
+        alone = unsplittable(graph, live, schedule, prompted, facts)
     plan = Reuse()
     if settings.prefix_reuse and schedule is not None and not together and not facts.generates:
-        plan = reuse(graph, live, schedule, prompted, group, facts)
+        plan = reuse(graph, live, schedule, prompted, group, facts, alone)
     served = _served_by_base(plan, uses, schedule)
     needed = [edge for edge in uses if edge not in served]
     rest = [invoke for invoke in prompted if invoke not in plan.whole]
-    limit = None if together or not settings.micro_batches else settings.tokens or facts.budget()
+    limit = None
+    if settings.micro_batches and schedule is not None and not together:
+        limit = settings.tokens or facts.budget(all_logits)
 
     def form(level: dict[int, int]) -> list[tuple[int, int, list[int]]]:
         kinds: dict[Hashable, dict[frozenset[int], list[int]]] = {}
         for invoke in rest:
             unit = group[invoke]
-            if settings.micro_batches and schedule is not None:
+            if settings.micro_batches and schedule is not None and invoke not in alone:
                 kind: Hashable = (facts.batch_class(invoke), plan.start.get(invoke, 0))
             else:
-                kind = min(unit)
+                kind = ("alone", min(unit))
             kinds.setdefault((level[invoke], kind), {}).setdefault(unit, []).append(invoke)
         formed = []
         for (wave, _), members in kinds.items():  # type: ignore[misc]

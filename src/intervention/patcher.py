@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from .plan import Pass
+from .prefix import Prefix
 from .run import Run, Site
 
 
@@ -27,11 +29,15 @@ class Patcher:
     Only the modules that the pass names are touched, at 2 to 5 µs each.
     """
 
-    __slots__ = ("_handles", "_root", "_run")
+    __slots__ = ("_handles", "_pass", "_prefix", "_root", "_run")
 
-    def __init__(self, root: torch.nn.Module, run: Run) -> None:
+    def __init__(
+        self, root: torch.nn.Module, run: Run, one: Pass | None = None, prefix: Prefix | None = None
+    ) -> None:
         self._root = root
         self._run = run
+        self._pass = one
+        self._prefix = prefix
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> None:
@@ -45,6 +51,11 @@ class Patcher:
                         _inputs_hook(self._run, site), with_kwargs=True
                     )
                 self._handles.append(handle)
+            if self._prefix is not None and self._pass is not None:
+                for block in self._pass.keep:
+                    module = at_path(self._root, self._prefix.path(block))
+                    hook = _keep_hook(self._run, self._prefix, self._pass, block)
+                    self._handles.append(module.register_forward_hook(hook))
         except BaseException:
             self._remove()
             raise
@@ -78,6 +89,17 @@ def _output_hook(run: Run, site: Site) -> Callable[..., Any]:
         if run.suspended or get_ident() != thread:
             return None
         return arrive(site, output)
+
+    return hook
+
+
+def _keep_hook(run: Run, prefix: Prefix, one: Pass, block: int) -> Callable[..., None]:
+    thread = run.thread
+
+    def hook(_module: Any, _args: Any, output: Any) -> None:
+        if not run.suspended and get_ident() == thread:
+            prefix.keep(one, block, output, run.places, run.rows)
+            run.arrived()
 
     return hook
 

@@ -62,8 +62,8 @@ class Facts(Protocol):
     def identity(self, invoke: int) -> Hashable:
         """Equal for the same input; None if that cannot be told."""
 
-    def budget(self) -> int:
-        """Tokens that fit into one forward."""
+    def budget(self, all_logits: bool) -> int:
+        """Tokens that fit into one forward; with all of their logits, or the last ones alone."""
 
     def head(self) -> str | None:
         """Path of the unembedding, if the forward can be told to apply it to few positions."""
@@ -99,6 +99,22 @@ class Pass:
     keep: set[int] = dataclasses.field(default_factory=set)
     positions: int = 0
     arrivals: dict[HookPoint, Arrival] = dataclasses.field(default_factory=dict)
+
+    def halves(self) -> list[Pass]:
+        """This pass as two, with half of its batch each."""
+        middle = len(self.invokes) // 2
+        return [self._part(part) for part in (self.invokes[:middle], self.invokes[middle:])]
+
+    def _part(self, invokes: list[int]) -> Pass:
+        shared = {i: stands for i, stands in self.shared.items() if stands in invokes}
+        members = {*invokes, *shared}
+        part = dataclasses.replace(self, invokes=invokes, shared=shared, arrivals={})
+        for hook_point, arrival in self.arrivals.items():
+            reads = [node for node in arrival.reads if node.invoke in members]
+            writes = [node for node in arrival.writes if node.invoke in members]
+            if reads or writes:
+                part.arrivals[hook_point] = Arrival(hook_point, reads, writes)
+        return part
 
 
 @dataclasses.dataclass(slots=True)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 from ..tracing.errors import BlockError, ScheduleError
 from ..tracing.graph import Graph, arguments
-from ..tracing.node import CALL, READ, WRITE, HookPoint, Node
+from ..tracing.node import CALL, READ, WRITE, Node
 from ..tracing.operations import GETITEM
 from .batches import arrange
 from .order import edges, position
@@ -42,7 +42,10 @@ def plan(graph: Graph, prompted: Sequence[int], facts: Facts, settings: Settings
     else:
         together = next(_whole_batch(graph, live, set(prompted)), None)
         known = _measured(facts)
-        passes = arrange(graph, live, prompted, uses, facts, settings, known, bool(together))
+        logits = not settings.less_head or _wants_all_logits(graph, users, live, facts)
+        passes = arrange(
+            graph, live, prompted, uses, facts, settings, known, together is not None, logits
+        )
         if together is not None and len(passes) > 1:
             raise BlockError.whole_batch(together.location, len(passes))
     result = Plan(live, users, passes, known.chain if known else (), settings)
@@ -118,6 +121,19 @@ def place_arrivals(graph: Graph, plan: Plan, schedule: Schedule | None) -> None:
             arrival.writes.append(node)
 
 
+def _wants_all_logits(
+    graph: Graph, users: list[list[Node] | None], live: bytearray, facts: Facts
+) -> bool:
+    head, saved = facts.head(), graph.saved()
+    return any(
+        node.kind == READ
+        and live[node.index]
+        and node.target.path in ("", head)
+        and not _last_positions(node, users, saved)
+        for node in graph.nodes
+    )
+
+
 def less_head(graph: Graph, plan: Plan, facts: Facts) -> None:
     """Where only last positions of the logits are used, unembed those alone."""
     head = facts.head()
@@ -128,7 +144,7 @@ def less_head(graph: Graph, plan: Plan, facts: Facts) -> None:
         positions = 0
         for hook_point, arrival in one.arrivals.items():
             if hook_point.path == head and hook_point.port == "output" and not arrival.writes:
-                wanted = [_last_positions(node, plan, saved) for node in arrival.reads]
+                wanted = [_last_positions(node, plan.users, saved) for node in arrival.reads]
                 if all(wanted):
                     positions = max(positions, *wanted)
                     continue
@@ -138,13 +154,13 @@ def less_head(graph: Graph, plan: Plan, facts: Facts) -> None:
         one.positions = positions
 
 
-def _last_positions(read: Node, plan: Plan, saved: frozenset[int]) -> int:
+def _last_positions(read: Node, users: list[list[Node] | None], saved: frozenset[int]) -> int:
     """How many of the last positions the users of a read take; 0 if they may take others."""
-    users = plan.users[read.index]
-    if read.index in saved or not users:
+    used = users[read.index]
+    if read.index in saved or not used:
         return 0
     most = 0
-    for user in users:
+    for user in used:
         if user.kind != CALL or user.target is not GETITEM or user.args[0] is not read:
             return 0
         key = user.args[1]

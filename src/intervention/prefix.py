@@ -40,6 +40,9 @@ class Prefix:
                 key = (self._stands[invoke], one.start - 1)
                 self._left[key] = self._left.get(key, 0) + 1
 
+    def path(self, block: int) -> str:
+        return self._chain[block]
+
     def _axes(self, block: int) -> TensorAxes:
         """Axes of the hidden states in what a block returns."""
         axes = self._schedule.axes(HookPoint(self._chain[block], "output"))

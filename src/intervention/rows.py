@@ -162,6 +162,17 @@ def splits(axes: Any, padded: bool) -> bool:
     return parts is None or all(splits(part, padded) for part in parts)
 
 
+def bytes_each(axes: Any) -> int:
+    """Bytes of the tensors of a structure for one row of one token."""
+    if isinstance(axes, TensorAxes):
+        entries = 1
+        for axis in axes.axes:
+            entries *= axis.size(1, 1)
+        return entries * axes.dtype.itemsize
+    parts = None if type(axes) in ATOMS else children(axes)
+    return sum(bytes_each(part) for part in parts or ())
+
+
 def matching(value: Any, axes: Any) -> list[Any]:
     """The axes of each child of `value`; None where the schedule has no such child."""
     if isinstance(value, dict):

@@ -93,6 +93,8 @@ class Run:
         self._kept: list[int] = []  # bound since the last arrival, and maybe still needed
         self._unwritten = {node.index for node in graph.writes.values()}
         self._extents: dict[int, tuple[int, int]] = {}
+        self._members: set[int] = set()
+        self._shared: dict[int, int] = {}
         self._finished: set[int] = set()
         self._results: list[Arrival] = []
         self._outstanding = 0
@@ -130,7 +132,9 @@ class Run:
         self.step = 0
         self._finished.clear()
         self._extents = extents
-        self._outstanding = wanted
+        self._shared = one.shared
+        self._members = {*extents, *one.shared}
+        self._outstanding = wanted + len(one.keep)
         self._may_stop = may_stop
         self._whole = whole
         self._each = 1
@@ -144,8 +148,32 @@ class Run:
         for invoke, (count, width) in self._extents.items():
             places[invoke] = Place(start, count, width + grown)
             start += count
+        for invoke, stands in self._shared.items():
+            places[invoke] = places[stands]
         self.places = places
         self._rows = start * self._each
+
+    def checkpoint(self) -> tuple[Any, ...]:
+        """The state between two passes, for `restore`."""
+        return (
+            list(self.values),
+            bytearray(self._done),
+            list(self._waiting),
+            list(self._remaining),
+            set(self._unwritten),
+        )
+
+    def restore(self, state: tuple[Any, ...]) -> None:
+        """Forget what a pass did that could not be finished."""
+        values, done, waiting, remaining, unwritten = state
+        self.values[:] = values
+        self._done[:] = done
+        self._waiting[:] = waiting
+        self._remaining[:] = remaining
+        self._unwritten = set(unwritten)
+        self._ready.clear()
+        self._kept.clear()
+        self.suspended = False
 
     def forward_begins(self, step: int, rows: int, grown: int, finished: Iterable[int]) -> None:
         """A forward of the root starts.
@@ -191,10 +219,19 @@ class Run:
             result = self._take(arrival, arrival.reads, arrival.writes, value, None)
         else:
             result = self._take_parts(arrival, value)
+        self.arrived()
+        return result
+
+    def arrived(self) -> None:
+        """One thing that this pass waits for is done."""
         self._outstanding -= 1
         if self._outstanding == 0 and self._may_stop:
             raise Stop
-        return result
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch of this pass."""
+        return sum(count for count, _ in self._extents.values()) * self._each
 
     @property
     def wants_result(self) -> bool:
@@ -220,16 +257,16 @@ class Run:
 
     def _take_parts(self, arrival: Arrival, value: Any) -> Any:
         """Prompts first, each in its own rows; then invokes that see the whole batch."""
-        alone = [n for n in arrival.reads if n.invoke in self._extents]
-        whole = [n for n in arrival.reads if n.invoke not in self._extents]
+        alone = [n for n in arrival.reads if n.invoke in self._members]
+        whole = [n for n in arrival.reads if n.invoke not in self._members]
         running = [n for n in alone if n.invoke not in self._finished]
-        writes = [n for n in arrival.writes if n.invoke in self._extents]
+        writes = [n for n in arrival.writes if n.invoke in self._members]
         writes = [n for n in writes if n.invoke not in self._finished]
         axes = None
         if self.places is not None and (running or writes):
             axes = self._schedule().axes(arrival.hook_point)
         changed = self._take(arrival, running, writes, value, axes)
-        rest = [n for n in arrival.writes if n.invoke not in self._extents]
+        rest = [n for n in arrival.writes if n.invoke not in self._members]
         if whole or rest:
             seen = value if changed is None else changed
             again = self._take(arrival, whole, rest, seen, None, whole=True)
@@ -336,12 +373,13 @@ class Run:
 
     def _drain(self) -> None:
         nodes, values, remaining = self.graph.nodes, self.values, self._remaining
+        free = self.plan.settings.memory
         while self._ready:
             node = nodes[heappop(self._ready)]
             value = self._interpreter.evaluate(node)
             for argument in arguments(node):
                 remaining[argument.index] -= 1
-                if not remaining[argument.index]:
+                if free and not remaining[argument.index]:
                     values[argument.index] = None
             self._bind(node, value)
 

@@ -6,32 +6,20 @@ import dataclasses
 import inspect
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
 from ..envoy import Alias, Envoy
-from ..intervention import (
-    Patcher,
-    Plan,
-    Run,
-    Schedule,
-    Shapes,
-    Stop,
-    arrivals,
-    measure,
-    no_grad,
-    plan,
-    splits,
-)
-from ..intervention.patcher import at_path
-from ..intervention.plan import Pass
+from ..intervention import Pass, Plan, Run, Schedule, Shapes, at_path, measure, no_grad, plan
+from ..intervention.rows import bytes_each
 from ..tracing.context import Tracer
 from ..tracing.errors import BlockError, InputError, LoadError, ScheduleError, UnknownModuleError
-from ..tracing.node import READ, WRITE, HookPoint
 from ..tracing.structure import leaves, map_leaves
+from .execution import Execution, free_memory, settings_of
+from .facts import BlockFacts
 from .loading import meta_copy
 
 logger = logging.getLogger("graftwork")
@@ -175,7 +163,17 @@ class Model(Envoy):
         Raises:
             InputError: the prompt cannot be read.
         """
-        return Tracer(self, self, generates=False, args=args, prompt_kwargs=kwargs, kwargs={})
+        settings = kwargs.pop("plan", None)
+        settings_of(settings)
+        return Tracer(
+            self,
+            self,
+            generates=False,
+            args=args,
+            prompt_kwargs=kwargs,
+            kwargs={},
+            settings=settings,
+        )
 
     def invoke(self, *args: Any, **kwargs: Any) -> Tracer:
         """The same as `trace` with a prompt."""
@@ -201,102 +199,44 @@ class Model(Envoy):
 
     def execute(self, tracer: Tracer) -> Any:
         """Plan a finished block, load the weights if they are not loaded, and run it."""
-        graph = tracer.recording.graph
+        work = self.plan(tracer)
+        module = self.load()
+        with self._lock, no_grad(tracer.recording.graph):
+            return Execution(self, tracer, work, module).run()
+
+    def plan(self, tracer: Tracer) -> Plan:
+        """The work of a block: its passes, batches and what is left out.
+
+        Raises:
+            BlockError: the block has no prompt.
+            OrderError: it cannot be put in an order.
+        """
         prompted = [i.index for i in tracer.invokes if i.prompt is not None]
         if not prompted:
             raise BlockError.empty()
-        work = plan(graph, prompted, self.schedule, lambda wave: self._batches(tracer, wave))
-        arrivals(graph, work, prompted)
-        if len(work.passes) > 1:
-            _refuse_whole_batch(tracer, work)
-        module = self.load()
-        with self._lock, no_grad(graph):
-            run = Run(graph, work, self._apply, self._parameter, self.schedule)
-            results = [self._run_pass(tracer, run, module, one) for one in work.passes]
-            result = self._join(tracer, work, results)
-            run.conclude(result)
-            run.finish()
-            run.close()
-        return result
+        settings = settings_of(tracer.settings)
+        return plan(tracer.recording.graph, prompted, BlockFacts(self, tracer), settings)
 
-    def _run_pass(self, tracer: Tracer, run: Run, module: torch.nn.Module, one: Pass) -> Any:
-        prompts = {index: tracer.invokes[index].prompt for index in one.invokes}
-        may_stop = self._may_stop(tracer, module)
-        extents = {i: (len(p.lengths), p.width) for i, p in prompts.items()}
-        whole = any(invoker.prompt is None for invoker in tracer.invokes)
-        run.begin(one, extents, may_stop, whole)
-        if may_stop and not run.sites:
-            return None
-        try:
-            with Patcher(module, run), self._around(tracer, run, module, list(prompts.values())):
-                result = self._forward(tracer, module, list(prompts.values()))
-        except Stop:
-            return None
-        if run.wants_result:
-            run.result(self._parts(tracer, prompts, result))
-        return result
-
-    def _parts(self, tracer: Tracer, prompts: dict[int, Any], result: Any) -> dict[int, Any]:
+    def parts(self, tracer: Tracer, prompts: dict[int, Any], result: Any) -> dict[int, Any]:
         """What the entry point returned for each prompt of a pass."""
         raise NotImplementedError
 
-    def _around(
+    def around(
         self, tracer: Tracer, run: Run, module: torch.nn.Module, prompts: list[Any]
     ) -> AbstractContextManager[Any]:
         """What else has to be in place while a pass runs."""
         return nullcontext()
 
-    def _may_stop(self, tracer: Tracer, module: torch.nn.Module) -> bool:
+    def may_stop(self, tracer: Tracer, module: torch.nn.Module) -> bool:
         if tracer.generates or tracer.uses_output:
             return False
         # Offloaded weights go back after a module's forward; leaving one half-way would keep them.
         places = getattr(module, "hf_device_map", {}).values()
         return not any(str(place) in ("cpu", "disk") for place in places) or set(places) == {"cpu"}
 
-    def _batches(self, tracer: Tracer, wave: list[int]) -> list[list[int]]:
-        """Split the invokes of a wave into batches that can share a forward."""
-        if len(wave) <= 1:
-            return [wave] if wave else []
-        if not self._can_batch():
-            return [[index] for index in wave]
-        apart = self._apart(tracer, wave)
-        groups: dict[Any, list[int]] = {}
-        for index in wave:
-            alike = self._shape_class(tracer.invokes[index].prompt) if index not in apart else None
-            groups.setdefault((alike, index if alike is None else -1), []).append(index)
-        return list(groups.values())
-
-    def _apart(self, tracer: Tracer, wave: list[int]) -> set[int]:
-        """The invokes that use a value which cannot be split into prompts: they run alone."""
-        schedule = self.schedule()
-        members = set(wave)
-        padded = len({n for i in wave for n in tracer.invokes[i].prompt.lengths}) > 1
-        known: dict[HookPoint, bool] = {}
-        apart: set[int] = set()
-        for node in tracer.graph.nodes:
-            if node.kind not in (READ, WRITE) or node.invoke not in members:
-                continue
-            can = known.get(node.target)
-            if can is None:
-                visit = schedule.find(node.target)
-                can = node.target.port == "result" or (
-                    visit is not None and splits(visit.axes, padded)
-                )
-                known[node.target] = can
-            if not can:
-                apart.add(node.invoke)
-        return apart
-
-    def _can_batch(self) -> bool:
-        try:
-            self.schedule()
-        except ScheduleError as error:
-            logger.warning("each prompt runs in a pass of its own: %s", error)
-            return False
-        return True
-
-    def _shape_class(self, prompt: Any) -> Any:
+    def batch_class(self, tracer: Tracer, invoke: int) -> Hashable:
         """Prompts of one class can be batched."""
+        prompt = tracer.invokes[invoke].prompt
 
         def part(leaf: Any) -> Any:
             if isinstance(leaf, torch.Tensor):
@@ -305,7 +245,39 @@ class Model(Envoy):
 
         return repr((map_leaves(part, prompt.args), map_leaves(part, prompt.kwargs)))
 
-    def _forward(self, tracer: Tracer, module: torch.nn.Module, prompts: list[Any]) -> Any:
+    def identity(self, tracer: Tracer, prompt: Any) -> Hashable:
+        """Equal for equal inputs; None where they are not compared."""
+        return None
+
+    def budget(self, all_logits: bool) -> int:
+        """Rows (for a language model, tokens) that fit into one forward.
+
+        A quarter of the free memory, for what is alive at once: the outputs of the modules of one
+        block, and the logits three times.
+        """
+        return max(1, free_memory(self.planned_device()) // 4 // self._bytes_each(all_logits))
+
+    def _bytes_each(self, all_logits: bool) -> int:
+        schedule, head = self.schedule(), self.head()
+        blocks: dict[str, int] = {}
+        largest = 0
+        for (path, port, _), visit in schedule.visits.items():
+            if port == "output" and path != head and path:
+                size = bytes_each(visit.axes)
+                block = next((b for b in schedule.chain if path.startswith(f"{b}.")), path)
+                blocks[block] = blocks.get(block, 0) + size
+        largest = max(blocks.values(), default=1)
+        if head is not None and all_logits:
+            largest += 3 * bytes_each(schedule.visits[head, "output", 0].axes)
+        return max(1, largest)
+
+    def head(self) -> str | None:
+        """Path of the unembedding, if the forward can apply it to the last positions alone."""
+        return None
+
+    def forward(
+        self, tracer: Tracer, module: torch.nn.Module, one: Pass, prompts: list[Any]
+    ) -> Any:
         """Run the entry point on a batch."""
         first = prompts[0]
         if len(prompts) == 1:
@@ -322,7 +294,7 @@ class Model(Envoy):
         args, kwargs = map_leaves(lambda _: next(joined), (first.args, first.kwargs))
         return module(*args, **kwargs)
 
-    def _join(self, tracer: Tracer, work: Plan, results: list[Any]) -> Any:
+    def join(self, tracer: Tracer, passes: list[Pass], results: list[Any]) -> Any:
         """The entry point's result for the whole block."""
         if len(results) == 1:
             return results[0]
@@ -330,14 +302,14 @@ class Model(Envoy):
 
     # ---------------------------------------------------------------- nodes that need the module
 
-    def _apply(self, path: str, *args: Any, **kwargs: Any) -> Any:
+    def apply_module(self, path: str, *args: Any, **kwargs: Any) -> Any:
         module = self.submodule(path)
         if any(getattr(child, "inplace", False) for child in module.modules()):
             args, kwargs = map_leaves(_clone, args), map_leaves(_clone, kwargs)
         # `forward`, past our own hooks; where accelerate moves weights, it does so in `forward`.
         return module.forward(*args, **kwargs)
 
-    def _parameter(self, path: str) -> torch.Tensor:
+    def parameter(self, path: str) -> torch.Tensor:
         found = _tensor_at(self.load(), path)
         if not found.is_meta:
             return found
@@ -367,19 +339,6 @@ def _tensor_at(module: torch.nn.Module, path: str) -> torch.Tensor:
     if not isinstance(found, torch.Tensor):
         raise UnknownModuleError.child(place, type(owner).__name__, name, owner._parameters)
     return found
-
-
-def _refuse_whole_batch(tracer: Tracer, work: Plan) -> None:
-    for one in work.passes:
-        for arrival in one.arrivals.values():
-            for node in (*arrival.reads, *arrival.writes):
-                whole = tracer.invokes[node.invoke].prompt is None
-                if whole and node.target.port != "result":
-                    raise BlockError(
-                        f"the whole batch was used at {node.location}, but the prompts of this "
-                        f"block cannot run together: it takes {len(work.passes)} passes. Use the "
-                        "value inside each invoke."
-                    )
 
 
 def accepts(function: Callable[..., Any], name: str) -> bool:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from ..envoy import Alias
-from ..intervention import Plan, Run
+from ..intervention import Pass, Run
 from ..tracing.context import Tracer
 from ..tracing.errors import InputError, LoadError, near
 from .architectures import IDS, POSITIONS, alias_of, padding_of
 from .base import Model, accepts
+from .execution import settings_of
 from .loading import Checkpoint
 from .prompts import PER_TOKEN, Reader, TextPrompt, batch
 
@@ -113,6 +114,8 @@ class LanguageModel(Model):
             pads=self._padding is not None,
         )
         self._keeps_logits = accepts(forward, "logits_to_keep")
+        self._takes_cache = accepts(forward, "use_cache")
+        self._head: str | None = None
 
     def _start(self, skeleton: torch.nn.Module) -> None:
         super().__init__(skeleton)
@@ -237,11 +240,19 @@ class LanguageModel(Model):
         for name in _REMOTE:
             if kwargs.pop(name, False):
                 raise InputError(f"`{name}=`: running on a server is not in this release.")
+        settings = kwargs.pop("plan", None)
+        settings_of(settings)
         inputs = {key: kwargs.pop(key) for key in PER_TOKEN if key in kwargs}
         if kwargs and not generates:
             self._check_keywords(kwargs)
         return Tracer(
-            self, self, generates=generates, args=args, prompt_kwargs=inputs, kwargs=kwargs
+            self,
+            self,
+            generates=generates,
+            args=args,
+            prompt_kwargs=inputs,
+            kwargs=kwargs,
+            settings=settings,
         )
 
     def _check_keywords(self, given: Iterable[str]) -> None:
@@ -284,22 +295,40 @@ class LanguageModel(Model):
                     f"pass the {limit} positions of the model."
                 )
 
-    def _batches(self, tracer: Tracer, wave: list[int]) -> list[list[int]]:
-        if not tracer.generates or len(wave) <= 1:
-            return super()._batches(tracer, wave)
-        # Architectures that are not known may mix the states of rows of one length, too: RWKV does.
-        if self._padding is None or any(self._option(tracer, name) for name in _ENDS_ROWS):
-            return [[index] for index in wave]
-        batches = super()._batches(tracer, wave)
-        new = self._option(tracer, "max_new_tokens")
-        if any(self._option(tracer, name) for name in _SEES_PADDING) or new is None:
-            widths = [{tracer.invokes[i].prompt.width: None for i in one} for one in batches]
-            batches = [
-                [i for i in one if tracer.invokes[i].prompt.width == width]
-                for one, found in zip(batches, widths, strict=True)
-                for width in found
-            ]
-        return batches
+    def batch_class(self, tracer: Tracer, invoke: int) -> Hashable:
+        prompt = tracer.invokes[invoke].prompt
+        other = {k: id(v) if isinstance(v, torch.Tensor) else v for k, v in prompt.other.items()}
+        kinds: tuple[Hashable, ...] = (*sorted(prompt.inputs), repr(other))
+        # Without ids there is nothing to count positions from but the places in the batch.
+        counted = self._padding == IDS and "inputs_embeds" in prompt.inputs
+        same_width = self._padding is None or counted
+        if tracer.generates:
+            # Architectures that are not known may mix the states of rows of one length: RWKV does.
+            if self._padding is None or any(self._option(tracer, name) for name in _ENDS_ROWS):
+                return invoke
+            sees = any(self._option(tracer, name) for name in _SEES_PADDING)
+            same_width = same_width or sees or self._option(tracer, "max_new_tokens") is None
+        if same_width:
+            return *kinds, prompt.width, any(n != prompt.width for n in prompt.lengths)
+        return kinds
+
+    def identity(self, tracer: Tracer, prompt: Any) -> Hashable:
+        # Options of the forward may ask for what skipped blocks would have given.
+        if tracer.kwargs or prompt.other:
+            return None
+        if any(tensor.is_floating_point() for tensor in prompt.inputs.values()):
+            return None
+        return tuple(
+            (name, tuple(tensor.shape), tensor.cpu().numpy().tobytes())
+            for name, tensor in sorted(prompt.inputs.items())
+        )
+
+    def head(self) -> str | None:
+        if self._head is None and self._keeps_logits:
+            head = self.tree().get_output_embeddings()  # type: ignore[operator]
+            paths = [name for name, child in self.tree().named_modules() if child is head]
+            self._head = paths[0] if paths else None
+        return self._head
 
     def _option(self, tracer: Tracer, name: str) -> Any:
         """An option of the generation; None for a value that asks for nothing."""
@@ -308,26 +337,24 @@ class LanguageModel(Model):
         neutral = isinstance(value, (int, float)) and value in (0, 1) and name != "max_new_tokens"
         return None if neutral else value
 
-    def _shape_class(self, prompt: Any) -> Any:
-        other = {k: id(v) if isinstance(v, torch.Tensor) else v for k, v in prompt.other.items()}
-        kinds = (*sorted(prompt.inputs), repr(other))
-        # Without ids there is nothing to count positions from but the places in the batch.
-        counted = self._padding == IDS and "inputs_embeds" in prompt.inputs
-        if self._padding is not None and not counted:
-            return kinds
-        return kinds, prompt.width, any(n != prompt.width for n in prompt.lengths)
-
-    def _forward(self, tracer: Tracer, module: torch.nn.Module, prompts: list[TextPrompt]) -> Any:
+    def forward(
+        self, tracer: Tracer, module: torch.nn.Module, one: Pass, prompts: list[TextPrompt]
+    ) -> Any:
         positions = self._takes_positions and not tracer.generates
         inputs = batch(prompts, self._reader.pad, positions, self._input_device(module))
         if not self._takes_mask:
             inputs.pop("attention_mask")
-        if not tracer.generates:
-            return module(**inputs, **tracer.kwargs)
         options = dict(tracer.kwargs)
-        if self._keeps_logits and self._touches_head(tracer):
+        if not tracer.generates:
+            if one.positions:
+                options.setdefault("logits_to_keep", one.positions)
+            if one.start or (len(prompts) > 1 and not self._sees_output(one)):
+                # Skipped blocks would leave gaps in a cache; and nobody sees it.
+                options.setdefault("use_cache", False)
+            return module(**inputs, **options)
+        if self._keeps_logits and one.positions != 1 and self._touches_head(tracer):
             # Else transformers computes the prompt's last logits alone.
-            options.setdefault("logits_to_keep", 0)
+            options.setdefault("logits_to_keep", one.positions)
         if "pad_token_id" not in options and module.generation_config.pad_token_id is None:  # type: ignore[union-attr]
             options["pad_token_id"] = self._reader.pad
         return module.generate(**inputs, **options)  # type: ignore[operator]
@@ -338,16 +365,19 @@ class LanguageModel(Model):
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return weight.device  # type: ignore[no-any-return]
 
+    def _sees_output(self, one: Pass) -> bool:
+        if not self._takes_cache:
+            return True
+        return any(point.path == "" and point.port == "output" for point in one.arrivals)
+
     def _touches_head(self, tracer: Tracer) -> bool:
-        head = self.tree().get_output_embeddings()  # type: ignore[operator]
-        paths = {""} | {name for name, child in self.tree().named_modules() if child is head}
         touched = {place[1].path for place in tracer.recording.current}
-        return bool(paths & touched)
+        return bool({"", self.head()} & touched)
 
     # ---------------------------------------------------------------- generation
 
     @contextmanager
-    def _around(
+    def around(
         self, tracer: Tracer, run: Run, module: torch.nn.Module, prompts: list[TextPrompt]
     ) -> Iterator[None]:
         if not tracer.generates:
@@ -406,7 +436,7 @@ class LanguageModel(Model):
             found[index] = _until_end(own, prompt.width, endings)
         return found
 
-    def _parts(self, tracer: Tracer, prompts: dict[int, Any], result: Any) -> dict[int, Any]:
+    def parts(self, tracer: Tracer, prompts: dict[int, Any], result: Any) -> dict[int, Any]:
         if len(prompts) == 1:
             return dict.fromkeys(prompts, result)
         found = self._sequences(tracer, prompts, result)
@@ -414,11 +444,11 @@ class LanguageModel(Model):
             return found
         return {index: type(result)(sequences=own) for index, own in found.items()}
 
-    def _join(self, tracer: Tracer, work: Plan, results: list[Any]) -> Any:
+    def join(self, tracer: Tracer, passes: list[Pass], results: list[Any]) -> Any:
         if not tracer.generates:
-            return super()._join(tracer, work, results)
+            return super().join(tracer, passes, results)
         parts: dict[int, tuple[Any, int]] = {}
-        for one, result in zip(work.passes, results, strict=True):
+        for one, result in zip(passes, results, strict=True):
             prompts = {index: tracer.invokes[index].prompt for index in one.invokes}
             for index, own in self._sequences(tracer, prompts, result).items():
                 parts[index] = (own, prompts[index].width)

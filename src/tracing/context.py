@@ -96,6 +96,7 @@ class Tracer:
         kwargs: passed to `forward` or to `generate`.
         invokes: in the order they were opened.
         uses_output: `output` was used inside the block, so the forward must not stop early.
+        settings: which passes of the planner run.
         recording: the graph and its state.
     """
 
@@ -108,10 +109,12 @@ class Tracer:
         args: tuple[Any, ...],
         prompt_kwargs: dict[str, Any],
         kwargs: dict[str, Any],
+        settings: Any = None,
     ) -> None:
         self.model = model
         self.generates = generates
         self.kwargs = kwargs
+        self.settings = settings
         self.invokes: list[Invoker] = []
         self._backend = backend
         self._result: Any = None

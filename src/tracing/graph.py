@@ -63,8 +63,8 @@ class Graph:
     def live(self) -> bytearray:
         """1 for every node on which a save or a last write depends; the others need not run."""
         alive = bytearray(len(self.nodes))
-        for node, _ in self.saves:
-            alive[node.index] = 1
+        for index in self.saved():
+            alive[index] = 1
         for node in self.writes.values():
             alive[node.index] = 1
         for node in reversed(self.nodes):

@@ -1,0 +1,171 @@
+"""Owns one execution of a planned block on a loaded model: its passes, one after the other."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import torch
+from tqdm import tqdm
+
+from ..intervention import Pass, Patcher, Plan, Prefix, Run, Schedule, Settings, Stop, at_path
+from ..tracing.context import Tracer
+from ..tracing.errors import InputError, near
+
+logger = logging.getLogger("graftwork")
+
+
+class Entry(Protocol):
+    """How a kind of model is entered, and what it makes of the result."""
+
+    def schedule(self) -> Schedule: ...
+
+    def apply_module(self, path: str, *args: Any, **kwargs: Any) -> Any: ...
+
+    def parameter(self, path: str) -> torch.Tensor: ...
+
+    def may_stop(self, tracer: Tracer, module: torch.nn.Module) -> bool: ...
+
+    def around(
+        self, tracer: Tracer, run: Run, module: torch.nn.Module, prompts: list[Any]
+    ) -> AbstractContextManager[Any]:
+        """What else has to be in place while a pass runs."""
+
+    def forward(
+        self, tracer: Tracer, module: torch.nn.Module, one: Pass, prompts: list[Any]
+    ) -> Any:
+        """Run the entry point on a batch."""
+
+    def parts(self, tracer: Tracer, prompts: dict[int, Any], result: Any) -> dict[int, Any]:
+        """What the entry point returned for each prompt of a pass."""
+
+    def join(self, tracer: Tracer, passes: list[Pass], results: list[Any]) -> Any:
+        """The entry point's result for the whole block."""
+
+
+class Execution:
+    """One execution. The model's lock is held while it runs."""
+
+    def __init__(self, entry: Entry, tracer: Tracer, work: Plan, module: torch.nn.Module) -> None:
+        self._entry = entry
+        self._tracer = tracer
+        self._plan = work
+        self._module = module
+        graph = tracer.recording.graph
+        self._run = Run(graph, work, entry.apply_module, entry.parameter, entry.schedule)
+        shares = any(one.base for one in work.passes)
+        self._prefix = Prefix(work, entry.schedule()) if shares else None
+
+    def run(self) -> Any:
+        """Run all passes; gives what the entry point returned, None where it stopped early."""
+        passes = self._plan.passes
+        done: list[tuple[Pass, Any]] = []
+        if len(passes) == 1:
+            done.extend(self._run_or_halve(passes[0]))
+        else:
+            quiet = not self._plan.settings.progress
+            for one in tqdm(passes, "graftwork", disable=quiet, delay=2, leave=False):
+                done.extend(self._run_or_halve(one))
+        ran, results = [one for one, _ in done], [result for _, result in done]
+        result = self._entry.join(self._tracer, ran, results)
+        self._run.conclude(result)
+        self._run.finish()
+        self._run.close()
+        return result
+
+    def _run_or_halve(self, one: Pass) -> list[tuple[Pass, Any]]:
+        """Run a pass; if the memory does not hold it, its halves one after the other."""
+        state = self._run.checkpoint() if len(one.invokes) > 1 else None
+        try:
+            result = self._run_pass(one)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            if state is None:
+                prompt = self._tracer.invokes[one.invokes[0]].prompt
+                raise MemoryError(
+                    f"One prompt of {len(prompt.lengths)} rows of {prompt.width} tokens does not fit "
+                    f"into the free memory of {free_memory(self._module_device()) >> 20} MiB. "
+                    f"Shorten it, or use a smaller dtype. ({error})"
+                ) from error
+        else:
+            if self._prefix is not None:
+                self._prefix.release(one)
+            return [(one, result)]
+        self._run.restore(state)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        logger.warning(
+            "%d prompts did not fit into memory together: they run in two halves", len(one.invokes)
+        )
+        return [pair for half in one.halves() for pair in self._run_or_halve(half)]
+
+    def _module_device(self) -> torch.device:
+        first = next(iter(self._module.parameters()), None)
+        return torch.device("cpu") if first is None else first.device
+
+    def _run_pass(self, one: Pass) -> Any:
+        entry, tracer, run, prefix = self._entry, self._tracer, self._run, self._prefix
+        prompts = {index: tracer.invokes[index].prompt for index in one.invokes}
+        may_stop = self._plan.settings.stop and entry.may_stop(tracer, self._module)
+        extents = {i: (len(p.lengths), p.width) for i, p in prompts.items()}
+        whole = any(invoker.prompt is None for invoker in tracer.invokes)
+        run.begin(one, extents, may_stop, whole)
+        if may_stop and not run.sites and not one.keep:
+            return None
+        skipping: AbstractContextManager[Any] = nullcontext()
+        if prefix is not None:
+            skipping = prefix.skipping(self._module, one, run.places, run.rows, at_path)
+        batch = list(prompts.values())
+        try:
+            with (
+                Patcher(self._module, run, one, prefix),
+                skipping,
+                entry.around(tracer, run, self._module, batch),
+            ):
+                result = entry.forward(tracer, self._module, one, batch)
+        except Stop:
+            return None
+        if run.wants_result:
+            run.result(entry.parts(tracer, prompts, result))
+        return result
+
+
+def settings_of(given: Any) -> Settings:
+    """Planner settings from what the user gave: None, False, a mapping of switches, or Settings.
+
+    Raises:
+        InputError: it is something else, or names no pass of the planner.
+    """
+    if given is None or given is True:
+        return Settings()
+    if given is False:
+        return Settings.naive()
+    if isinstance(given, Settings):
+        return given
+    if isinstance(given, Mapping):
+        known = [field.name for field in dataclasses.fields(Settings)]
+        for name in given:
+            if name not in known:
+                raise InputError(f"plan= has no switch `{name}`. {near(name, known)}")
+        return Settings(**given)
+    raise InputError(f"plan= takes False or a mapping of switches, not {type(given).__name__}.")
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    # accelerate depends on psutil, so it is there.
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        "can't allocate memory" in str(error)
+    )

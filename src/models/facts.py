@@ -1,0 +1,54 @@
+"""Owns what the planner is told of one block's model and prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any, Protocol
+
+from ..intervention import Schedule
+from ..tracing.context import Tracer
+
+
+class Host(Protocol):
+    """What a block's facts are asked of: a model."""
+
+    def schedule(self) -> Schedule: ...
+
+    def batch_class(self, tracer: Tracer, invoke: int) -> Hashable: ...
+
+    def identity(self, tracer: Tracer, prompt: Any) -> Hashable: ...
+
+    def budget(self, all_logits: bool) -> int: ...
+
+    def head(self) -> str | None: ...
+
+
+class BlockFacts:
+    """The facts of one block."""
+
+    def __init__(self, host: Host, tracer: Tracer) -> None:
+        self._host = host
+        self._tracer = tracer
+
+    @property
+    def generates(self) -> bool:
+        return self._tracer.generates
+
+    def schedule(self) -> Schedule:
+        return self._host.schedule()
+
+    def batch_class(self, invoke: int) -> Hashable:
+        return self._host.batch_class(self._tracer, invoke)
+
+    def extent(self, invoke: int) -> tuple[int, int]:
+        prompt = self._tracer.invokes[invoke].prompt
+        return len(prompt.lengths), max(1, prompt.width)
+
+    def identity(self, invoke: int) -> Hashable:
+        return self._host.identity(self._tracer, self._tracer.invokes[invoke].prompt)
+
+    def budget(self, all_logits: bool) -> int:
+        return self._host.budget(all_logits)
+
+    def head(self) -> str | None:
+        return self._host.head()
