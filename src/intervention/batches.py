@@ -109,6 +109,12 @@ def reuse(
         for invoke in variants:
             result.start[invoke] = starts[invoke]
         result.whole.update(plain)
+    if result.base:
+        # Inputs that nothing is written to may as well run in the base pass.
+        for members in classes.values():
+            if len(members) == 1 and members[0] not in written:
+                result.base[members[0]] = members[0]
+                result.whole.add(members[0])
     return result
 
 
@@ -179,7 +185,7 @@ def arrange(
         limit = settings.tokens or facts.budget(all_logits)
 
     def form(level: dict[int, int]) -> list[tuple[int, int, list[int]]]:
-        kinds: dict[Hashable, dict[frozenset[int], list[int]]] = {}
+        kinds: dict[tuple[int, Hashable], dict[frozenset[int], list[int]]] = {}
         for invoke in rest:
             unit = group[invoke]
             if settings.micro_batches and schedule is not None and invoke not in alone:
@@ -188,7 +194,7 @@ def arrange(
                 kind = ("alone", min(unit))
             kinds.setdefault((level[invoke], kind), {}).setdefault(unit, []).append(invoke)
         formed = []
-        for (wave, _), members in kinds.items():  # type: ignore[misc]
+        for (wave, _), members in kinds.items():
             for unit, invokes in members.items():
                 if len(invokes) < len(unit):
                     edge = next(e for e in uses if e.first in unit and e.second in unit)

@@ -16,8 +16,9 @@ from ..tracing.context import Tracer
 from ..tracing.errors import InputError, OperationError, ScheduleError
 from ..tracing.graph import arguments
 from ..tracing.interpreter import Interpreter
-from ..tracing.node import READ, Captured, HookPoint, Node
-from .rows import UNKNOWN, Opaque, TensorAxes, map_axes
+from ..tracing.node import CALL, READ, Captured, HookPoint, Node
+from ..tracing.operations import ELEMENT, GETITEM
+from .rows import TOKEN, UNKNOWN, Opaque, TensorAxes, map_axes
 from .schedule import SIZES, Schedule
 
 
@@ -101,6 +102,11 @@ class Shapes:
         Raises:
             OperationError: none does, or several do.
         """
+        axes = self._measured(node)
+        if isinstance(axes, TensorAxes):
+            positions = [i for i, axis in enumerate(axes.axes) if axis.role == TOKEN]
+            if positions:
+                return positions[0]
         if self._trials is None:
             self._trials = [
                 Fakes(self._structure, lambda node, n=n: (self._size(node)[0], n))  # type: ignore[misc]
@@ -119,6 +125,22 @@ class Shapes:
             if found:
                 return found[0]
         raise OperationError(f"`.t`: {node.describe()} has no axis that counts tokens.")
+
+    def _measured(self, node: Node) -> Any:
+        """Axes of a value that is a hook point's, or a part of its structure; None for others."""
+        if node.kind == READ:
+            return self._structure.schedule().axes(node.target)
+        if (
+            node.kind != CALL
+            or node.target not in (ELEMENT, GETITEM)
+            or type(node.args[1]) is not int
+        ):
+            return None
+        whole = self._measured(node.args[0])
+        if isinstance(whole, TensorAxes):
+            return whole if node.target is ELEMENT and node.args[1] == 0 else None
+        parts = whole if isinstance(whole, (tuple, list)) else ()
+        return parts[node.args[1]] if node.args[1] < len(parts) else None
 
     def _axis_of_length(self, node: Node) -> int:
         value = self.value(node)
@@ -151,8 +173,10 @@ class Shapes:
         if len(set(spans)) <= 1:
             start, stop = spans[0] if spans else (0, width)
             if (start, stop) != (0, width):
+                self._tracer.graph.fixed_positions = True
                 key = _shifted(key, start, stop)
             return (*(slice(None),) * axis, key)
+        self._tracer.graph.fixed_positions = True
         if axis != 1:
             raise OperationError("`.t` on prompts of different lengths needs [batch, token, …].")
         rows = list(range(len(spans)))

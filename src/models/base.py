@@ -19,6 +19,7 @@ from ..tracing.context import Tracer
 from ..tracing.errors import BlockError, InputError, LoadError, ScheduleError, UnknownModuleError
 from ..tracing.structure import leaves, map_leaves
 from .execution import Execution, free_memory, settings_of
+from .explain import Explanation, explain
 from .facts import BlockFacts
 from .loading import meta_copy
 
@@ -203,6 +204,10 @@ class Model(Envoy):
         module = self.load()
         with self._lock, no_grad(tracer.recording.graph):
             return Execution(self, tracer, work, module).run()
+
+    def explain(self, tracer: Tracer) -> Explanation:
+        """The plan of a block as text."""
+        return explain(self, tracer)
 
     def plan(self, tracer: Tracer) -> Plan:
         """The work of a block: its passes, batches and what is left out.

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from .errors import BlockError, Location, NotRunError
+from .experiment import Experiment
 from .graph import Graph
 from .node import READ, HookPoint, user_line
 from .proxy import Proxy
@@ -32,6 +33,9 @@ class Backend(Protocol):
 
     def execute(self, tracer: Tracer) -> Any:
         """Run the block and return what the entry point returned, or None if it stopped early."""
+
+    def explain(self, tracer: Tracer) -> Any:
+        """A text about the plan of the block."""
 
     def oracle(self, tracer: Tracer) -> Oracle:
         """Answers about shapes for this block."""
@@ -189,6 +193,43 @@ class Tracer:
                 return invoker.index
         return self._append(None, user_line(3)).index
 
+    def explain(self) -> Any:
+        """What the planner makes of the block: passes, batches, what is skipped, estimated work.
+
+        Returns:
+            Text that shows itself in a notebook; `print(tracer.explain())` elsewhere.
+        """
+        return self._backend.explain(self)
+
+    def compile(self) -> Experiment:
+        """The block as an experiment that runs again on other prompts. See `Experiment`."""
+        first = [invoker.prompt for invoker in self.invokes if invoker.prompt is not None]
+        if not first:
+            raise BlockError.empty()
+
+        def run(graph: Graph, prompts: tuple[Any, ...]) -> None:
+            again = Tracer(
+                self.model,
+                self._backend,
+                generates=self.generates,
+                args=(),
+                prompt_kwargs={},
+                kwargs=self.kwargs,
+                settings=self.settings,
+            )
+            new = [self._backend.prepare((prompt,), {}) for prompt in prompts] or first
+            experiment.check(new)
+            rest = iter(new)
+            for invoker in self.invokes:
+                prompt = None if invoker.prompt is None else next(rest)
+                again._append(prompt, invoker.location)
+            again.uses_output = self.uses_output
+            again.recording.graph = graph
+            again._execute()
+
+        experiment = Experiment(self.graph, first, run)
+        return experiment
+
     def next(self, steps: int = 1) -> Invoker:
         """As `Invoker.next`, for a block that was given its prompt directly."""
         if self._implicit is None:
@@ -217,6 +258,10 @@ class Tracer:
         if kind is not None:
             recording.close(ABANDONED)
             return
+        self._execute()
+
+    def _execute(self) -> None:
+        recording = self.recording
         recording.invoke = -1
         recording.state = RUNNING
         try:

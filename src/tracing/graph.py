@@ -14,11 +14,13 @@ class Box:
 
     Attributes:
         handle: while the block is open, the proxy that `save()` returned.
+        number: which save of its block it belongs to, from 0.
     """
 
-    __slots__ = ("error", "full", "handle", "value")
+    __slots__ = ("error", "full", "handle", "number", "value")
 
-    def __init__(self) -> None:
+    def __init__(self, number: int) -> None:
+        self.number = number
         self.full = False
         self.handle: Any = None
         self.value: Any = None
@@ -33,12 +35,14 @@ class Graph:
         saves: saved nodes and the boxes that wait for their values, until the run has ended.
         writes: the last WRITE node of each invoke at each hook point.
         needs_grad: a captured tensor requires grad.
+        fixed_positions: it holds positions of tokens that fit prompts of these lengths alone.
     """
 
-    __slots__ = ("_saved", "needs_grad", "nodes", "saves", "writes")
+    __slots__ = ("_saved", "fixed_positions", "needs_grad", "nodes", "saves", "writes")
 
     def __init__(self) -> None:
-        self._saved: frozenset[int] = frozenset()
+        self._saved: tuple[int, ...] = ()
+        self.fixed_positions = False
         self.nodes: list[Node] = []
         self.saves: list[tuple[Node, Box]] = []
         self.writes: dict[tuple[int, HookPoint], Node] = {}
@@ -75,12 +79,25 @@ class Graph:
 
     def release(self) -> None:
         """Let go of the boxes; which nodes were saved stays known."""
-        self._saved = self.saved()
+        self._saved = self.saved_in_order()
         self.saves.clear()
 
     def saved(self) -> frozenset[int]:
         """Indices of the saved nodes."""
-        return self._saved.union(node.index for node, _ in self.saves)
+        return frozenset(self.saved_in_order())
+
+    def saved_in_order(self) -> tuple[int, ...]:
+        """Indices of the saved nodes, one for each save, in the order of the saves."""
+        return self._saved or tuple(node.index for node, _ in self.saves)
+
+    def again(self) -> Graph:
+        """The same graph for another run, with a new box for each save."""
+        graph = Graph()
+        graph.nodes, graph.writes = self.nodes, self.writes
+        graph.needs_grad, graph.fixed_positions = self.needs_grad, self.fixed_positions
+        for number, index in enumerate(self.saved_in_order()):
+            graph.saves.append((self.nodes[index], Box(number)))
+        return graph
 
     def lint(self) -> None:
         """Check the invariants that every other room relies on; an AssertionError is our bug."""

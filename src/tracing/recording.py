@@ -54,7 +54,8 @@ class Recording:
         self.current.clear()
         for _, box in self.graph.saves:
             # A saved part would keep the saved whole alive.
-            box.handle._parent = box.handle = None
+            if box.handle is not None:
+                box.handle._parent = box.handle = None
         self.graph.release()
         self.oracle = None
 
@@ -63,6 +64,6 @@ class Recording:
         return self.oracle
 
     def save(self, node: Node) -> Box:
-        box = Box()
+        box = Box(len(self.graph.saves))
         self.graph.saves.append((node, box))
         return box

@@ -1,0 +1,186 @@
+"""Owns the text that explains a plan: passes, batches, what is skipped, and the estimated work."""
+
+from __future__ import annotations
+
+import html
+from typing import Protocol
+
+import torch
+
+from ..intervention import Pass, Plan, Schedule, Shapes
+from ..tracing.context import Tracer
+from ..tracing.errors import GraftworkError, ScheduleError
+from ..tracing.node import HookPoint
+from ..tracing.structure import leaves
+
+
+class Described(Protocol):
+    """What an explanation is made from: a model."""
+
+    def plan(self, tracer: Tracer) -> Plan: ...
+
+    def schedule(self) -> Schedule: ...
+
+    def skeleton(self) -> torch.nn.Module: ...
+
+    def head(self) -> str | None: ...
+
+    def oracle(self, tracer: Tracer) -> Shapes: ...
+
+
+class Explanation(str):
+    """Text that shows itself as it is, in a terminal and in a notebook."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(self)}</pre>"
+
+
+def explain(model: Described, tracer: Tracer) -> Explanation:
+    """The plan of a block as text.
+
+    The work counts two operations for each weight and token that meets it; attention's own products
+    are left out. Naive is one whole forward for each prompt.
+    """
+    plan = model.plan(tracer)
+    prompts = {i.index: i.prompt for i in tracer.invokes if i.prompt is not None}
+    costs = _Costs(model)
+    rows: list[tuple[str, ...]] = []
+    total = 0
+    for number, one in enumerate(plan.passes, 1):
+        count = sum(len(prompts[i].lengths) for i in one.invokes)
+        width = max(prompts[i].width for i in one.invokes)
+        own = sum(len(prompts[i].lengths) * prompts[i].width for i in one.invokes)
+        stop = None if tracer.generates or tracer.uses_output else costs.last(one)
+        if not plan.settings.stop:
+            stop = None
+        total += costs.of(one, count, max(width, 1), stop)
+        share = 1 - own / (count * width) if width else 0.0
+        rows.append(
+            (
+                str(number),
+                f"{len(one.invokes)}"
+                + (f" for {len(one.invokes) + len(one.shared)}" if one.base else ""),
+                f"{count} × {width}" if width else f"{count}",
+                f"{share:.0%}",
+                costs.blocks(one, stop),
+                {0: "all"}.get(one.positions, f"last {one.positions}")
+                if costs.has_head(stop)
+                else "–",
+                "the end" if stop is None else stop[0],
+            )
+        )
+    naive = sum(
+        costs.of(Pass([i]), len(p.lengths), max(p.width, 1), None) for i, p in prompts.items()
+    )
+    titles = ("pass", "prompts", "rows × tokens", "padding", "blocks", "logits", "runs to")
+    lines = [
+        f"{len(prompts)} prompts in {len(plan.passes)} passes, "
+        + (
+            f"{_flops(total)} of {_flops(naive)} for one whole forward each"
+            if costs.known
+            else "work unknown: the model cannot be measured without weights"
+        )
+        + (" (first token)" if tracer.generates else ""),
+        *_table(titles, rows),
+        f"{len(tracer.graph.saved_in_order())} values are saved, {_saved_bytes(model, tracer)}.",
+    ]
+    return Explanation("\n".join(lines))
+
+
+class _Costs:
+    """Work of the modules of a model, by place in the forward."""
+
+    def __init__(self, model: Described) -> None:
+        self._head = model.head()
+        self.known = True
+        try:
+            self._schedule = model.schedule()
+        except ScheduleError:
+            self._schedule = Schedule({})
+            self.known = False
+        self._chain = self._schedule.chain
+        self._weights: list[tuple[int, str, int]] = []
+        for path, module in model.skeleton().named_modules():
+            visit = self._schedule.visits.get((path, "inputs", 0))
+            if visit is None or isinstance(module, torch.nn.Embedding):
+                continue
+            size = sum(p.numel() for p in module.parameters(recurse=False) if p.ndim > 1)
+            if size:
+                self._weights.append((visit.order, path, size))
+
+    def last(self, one: Pass) -> tuple[str, int] | None:
+        """The last place that a pass waits for."""
+        orders = []
+        for point in one.arrivals:
+            visit = self._schedule.find(point)
+            if point.port == "result" or visit is None:
+                return None
+            orders.append((visit.order, str(point)))
+        for block in one.keep:
+            point = HookPoint(self._chain[block], "output")
+            orders.append((self._schedule.visits[point.path, "output", 0].order, str(point)))
+        if not orders:
+            return None
+        order, name = max(orders)
+        return name, order
+
+    def of(self, one: Pass, rows: int, tokens: int, stop: tuple[str, int] | None) -> int:
+        skipped = tuple(f"{path}." for path in self._chain[: one.start])
+        work = 0
+        for order, path, size in self._weights:
+            if (stop is not None and order > stop[1]) or (skipped and path.startswith(skipped)):
+                continue
+            positions = one.positions if path == self._head and one.positions else tokens
+            work += 2 * size * rows * positions
+        return work
+
+    def blocks(self, one: Pass, stop: tuple[str, int] | None) -> str:
+        if not self._chain:
+            return "all"
+        starts = [self._schedule.visits[path, "inputs", 0].order for path in self._chain]
+        end = len(starts) if stop is None else sum(order <= stop[1] for order in starts)
+        if end <= one.start:
+            return f"none of {len(starts)}"
+        return f"{one.start}–{end - 1} of {len(starts)}"
+
+    def has_head(self, stop: tuple[str, int] | None) -> bool:
+        if self._head is None or stop is None:
+            return self._head is not None
+        return self._schedule.visits[self._head, "inputs", 0].order <= stop[1]
+
+
+def _table(titles: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    shown = rows if len(rows) <= 24 else [*rows[:12], ("…",) * len(titles), *rows[-11:]]
+    widths = [max(len(row[i]) for row in [titles, *shown]) for i in range(len(titles))]
+    return [
+        "  "
+        + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in [titles, *shown]
+    ]
+
+
+def _flops(count: int) -> str:
+    for unit, size in (("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count / 1e3:.1f} kFLOP"
+
+
+def _saved_bytes(model: Described, tracer: Tracer) -> str:
+    shapes, total = model.oracle(tracer), 0
+    try:
+        for index in tracer.graph.saved_in_order():
+            for leaf in leaves(shapes.value(tracer.graph.nodes[index])):
+                if isinstance(leaf, torch.Tensor):
+                    total += leaf.numel() * leaf.element_size()
+    except GraftworkError as error:
+        return f"of unknown size ({type(error).__name__})"
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if total >= size:
+            return f"{total / size:.1f} {unit}"
+    return f"{total} bytes"
