@@ -13,12 +13,15 @@ from collections.abc import Hashable, Iterable, Sequence
 
 from ..tracing.errors import OrderError
 from ..tracing.graph import Graph
-from ..tracing.node import READ, WRITE, HookPoint
+from ..tracing.node import READ, WRITE, HookPoint, Node
+from .causal import cuts
 from .order import Edge, levels, position, units
 from .plan import Facts, Pass, Settings
 from .rows import splits
 from .schedule import Schedule
 
+#: Into how many parts of a prompt the positions are sorted where variants start in its middle.
+CUTS = 4
 #: Most padding in a batch, as a share of its tokens.
 PADDING = 0.25
 
@@ -151,6 +154,7 @@ def pack(
 def arrange(
     graph: Graph,
     live: bytearray,
+    users: list[list[Node] | None],
     prompted: Sequence[int],
     uses: list[Edge],
     facts: Facts,
@@ -175,8 +179,15 @@ def arrange(
     if schedule is not None and not together:
         alone = unsplittable(graph, live, schedule, prompted, facts)
     plan = Reuse()
+    cut: dict[int, int] = {}
     if settings.prefix_reuse and schedule is not None and not together and not facts.generates:
         plan = reuse(graph, live, schedule, prompted, group, facts, alone)
+        if settings.causal and plan.start and facts.may_be_causal():
+            # After the last block there is nothing to save, and in short prompts little.
+            widths = {i: facts.extent(i)[1] for i in plan.start}
+            last = len(schedule.chain)
+            widths = {i: w for i, w in widths.items() if w >= 2 * CUTS and plan.start[i] < last}
+            cut = cuts(graph, live, users, schedule, plan.start, widths)
     served = _served_by_base(plan, uses, schedule)
     needed = [edge for edge in uses if edge not in served]
     rest = [invoke for invoke in prompted if invoke not in plan.whole]
@@ -189,7 +200,11 @@ def arrange(
         for invoke in rest:
             unit = group[invoke]
             if settings.micro_batches and schedule is not None and invoke not in alone:
-                kind: Hashable = (facts.batch_class(invoke), plan.start.get(invoke, 0))
+                width = facts.extent(invoke)[1]
+                bucket = cut.get(invoke, 0) * CUTS // width
+                # Rows that start from a cut have no room for padding.
+                causal = (bucket, width) if bucket else None
+                kind: Hashable = (facts.batch_class(invoke), plan.start.get(invoke, 0), causal)
             else:
                 kind = ("alone", min(unit))
             kinds.setdefault((level[invoke], kind), {}).setdefault(unit, []).append(invoke)
@@ -210,7 +225,16 @@ def arrange(
         # Their prompts do not fit one batch: the value then comes from an earlier one.
         formed = form(levels({i: group[i] for i in rest}, needed, lambda edge: True))
     passes = [_base(batch, plan) for batch in _base_batches(plan, facts, limit)]
-    passes += [Pass(batch, start=start) for _, start, batch in formed]
+    for _, start, batch in formed:
+        first = min(cut.get(invoke, 0) for invoke in batch)
+        alike = len({facts.extent(invoke)[1] for invoke in batch}) == 1
+        passes.append(Pass(batch, start=start, cut=first if alike else 0))
+    if any(one.cut for one in passes):
+        # Their keys and values are wanted of all blocks.
+        for one in passes:
+            if one.base and schedule is not None:
+                one.keep.add(len(schedule.chain) - 1)
+                one.caches = True
     return passes
 
 

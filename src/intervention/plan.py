@@ -22,6 +22,7 @@ class Settings:
         dead_code: leave out what no save and no write depends on.
         micro_batches: run several prompts in one forward.
         prefix_reuse: compute what prompts share once, start each variant at its first edited block.
+        causal: let variants of a causal decoder compute from their first edited token on.
         less_head: unembed the last position alone where only that is used.
         stop: leave the forward after the last needed module.
         memory: free values after their last use.
@@ -32,6 +33,7 @@ class Settings:
     dead_code: bool = True
     micro_batches: bool = True
     prefix_reuse: bool = True
+    causal: bool = True
     less_head: bool = True
     stop: bool = True
     memory: bool = True
@@ -41,7 +43,7 @@ class Settings:
     @classmethod
     def naive(cls) -> Settings:
         """Each invoke in a forward of its own, from the first module to the last."""
-        return cls(False, False, False, False, False, False)
+        return cls(False, False, False, False, False, False, False)
 
 
 class Facts(Protocol):
@@ -65,6 +67,9 @@ class Facts(Protocol):
     def budget(self, all_logits: bool) -> int:
         """Tokens that fit into one forward; with all of their logits, or the last ones alone."""
 
+    def may_be_causal(self) -> bool:
+        """False if the model cannot continue from keys and values of earlier tokens."""
+
     def head(self) -> str | None:
         """Path of the unembedding, if the forward can be told to apply it to few positions."""
 
@@ -87,6 +92,8 @@ class Pass:
         shared: invokes that have the same input as one in the batch, and which.
         base: it computes what several invokes share, see batches.py.
         start: blocks of the chain that are skipped: the first one that runs.
+        cut: first tokens that are not computed, because they are those of the base pass.
+        caches: the keys and values of its tokens are kept for passes with a cut.
         keep: blocks whose outputs later passes start from.
         positions: the last positions that are unembedded; 0 for all.
         arrivals: by hook point.
@@ -96,6 +103,8 @@ class Pass:
     shared: dict[int, int] = dataclasses.field(default_factory=dict)
     base: bool = False
     start: int = 0
+    cut: int = 0
+    caches: bool = False
     keep: set[int] = dataclasses.field(default_factory=set)
     positions: int = 0
     arrivals: dict[HookPoint, Arrival] = dataclasses.field(default_factory=dict)

@@ -44,7 +44,7 @@ def plan(graph: Graph, prompted: Sequence[int], facts: Facts, settings: Settings
         known = _measured(facts)
         logits = not settings.less_head or _wants_all_logits(graph, users, live, facts)
         passes = arrange(
-            graph, live, prompted, uses, facts, settings, known, together is not None, logits
+            graph, live, users, prompted, uses, facts, settings, known, together is not None, logits
         )
         if together is not None and len(passes) > 1:
             raise BlockError.whole_batch(together.location, len(passes))

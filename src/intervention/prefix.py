@@ -17,6 +17,7 @@ from ..tracing.node import HookPoint
 from ..tracing.structure import children, leaves, rebuild
 from .plan import Pass, Plan
 from .rows import Place, TensorAxes, narrow, region
+from .run import Front, Run
 from .schedule import Schedule
 
 
@@ -34,6 +35,8 @@ class Prefix:
         self._kept: dict[tuple[int, int], torch.Tensor] = {}
         self._stands = {invoke: invoke for one in plan.passes if one.base for invoke in one.invokes}
         self._stands.update(pair for one in plan.passes for pair in one.shared.items())
+        self.rows_of: dict[int, int] = {}
+        self._caches: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self._left: dict[tuple[int, int], int] = {}
         for one in plan.passes:
             for invoke in one.invokes if one.start else ():
@@ -82,15 +85,19 @@ class Prefix:
         self,
         root: torch.nn.Module,
         one: Pass,
-        places: dict[int, Place] | None,
-        rows: int,
+        run: Run,
         at_path: Callable[[torch.nn.Module, str], torch.nn.Module],
     ) -> Iterator[None]:
         """Skip the first blocks of the chain while the context is open."""
         if not one.start:
             yield
             return
-        hidden = self._gather(one, places, rows)
+        hidden = self._gather(one, run.places, run.rows)
+        if one.cut:
+            width = hidden.shape[1]
+            point = HookPoint(self._chain[one.start - 1], "output")
+            run.front = Front(point, hidden[:, : one.cut], one.cut, width)
+            hidden = hidden[:, one.cut :]
         replaced: list[tuple[torch.nn.Module, Any]] = []
         try:
             for block in range(one.start):
@@ -107,6 +114,29 @@ class Prefix:
                     del module.forward
                 else:
                     module.forward = before
+
+    def keep_cache(
+        self, one: Pass, cache: list[tuple[torch.Tensor, torch.Tensor]], widths: dict[int, int]
+    ) -> None:
+        """Keep the keys and values of a base pass, [row, head, token, d_head] for each layer."""
+        start = 0
+        for invoke in one.invokes:
+            count, width = self.rows_of[invoke], widths[invoke]
+            self._caches[invoke] = [
+                (k[start : start + count, :, -width:], v[start : start + count, :, -width:])
+                for k, v in cache
+            ]
+            start += count
+
+    def cache(self, one: Pass) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values of the first tokens of a pass with a cut, for each layer."""
+        own = [self._caches[self._stands[invoke]] for invoke in one.invokes]
+        layers = []
+        for layer in range(len(own[0])):
+            keys = torch.cat([rows[layer][0][:, :, : one.cut] for rows in own])
+            values = torch.cat([rows[layer][1][:, :, : one.cut] for rows in own])
+            layers.append((keys, values))
+        return layers
 
     def release(self, one: Pass) -> None:
         """Free what no later pass starts from."""

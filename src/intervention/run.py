@@ -7,6 +7,7 @@ None if nothing was changed. It may re-enter itself, so a node leaves the ready 
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable, Iterable
 from heapq import heappop, heappush
@@ -20,6 +21,7 @@ from ..tracing.interpreter import Interpreter
 from ..tracing.node import CALL, READ, WRITE, HookPoint, Node
 from ..tracing.operations import APPLY, PUT, VIEW
 from ..tracing.structure import leaves, map_leaves, snapshot
+from .causal import complete, trim
 from .plan import Arrival, Pass, Plan
 from .rows import Change, Misfit, Place, fit, narrow, put
 from .schedule import Schedule
@@ -46,6 +48,22 @@ class Site:
         return any(step > 0 for step, _ in self.wanted)
 
 
+@dataclasses.dataclass(slots=True)
+class Front:
+    """The first tokens of a pass with a cut, which it does not compute.
+
+    Attributes:
+        point: where their hidden states are known: the output of the last skipped block.
+        hidden: they, [row, cut, d_model].
+        cut, width: how many they are, of how many.
+    """
+
+    point: HookPoint
+    hidden: torch.Tensor
+    cut: int
+    width: int
+
+
 class Run:
     """One execution of a plan.
 
@@ -54,6 +72,7 @@ class Run:
         step: which forward of the root is running, from 0.
         sites: the ports to hook in the current pass.
         suspended: a module is applied by hand now, so its arrivals are not the forward's.
+        front: the first tokens of a pass that does not compute them.
         places: where each invoke lies in the batch; None if every invoke sees the whole value.
     """
 
@@ -73,6 +92,7 @@ class Run:
         self.step = 0
         self.suspended = False
         self.places: dict[int, Place] | None = None
+        self.front: Front | None = None
         self._schedule = schedule
         self._call_module = call_module
         self._interpreter = Interpreter(self.values, self._apply_module, parameter)
@@ -138,6 +158,7 @@ class Run:
         self._may_stop = may_stop
         self._whole = whole
         self._each = 1
+        self.front = None
         self._place()
 
     def _place(self, grown: int = 0) -> None:
@@ -215,7 +236,9 @@ class Run:
         arrival = site.wanted.get((step, site.call))
         if arrival is None:
             return None
-        if self.places is None and not self._finished and not self._whole:
+        if self.front is not None:
+            result = self._take_rest(arrival, value, self.front)
+        elif self.places is None and not self._finished and not self._whole:
             result = self._take(arrival, arrival.reads, arrival.writes, value, None)
         else:
             result = self._take_parts(arrival, value)
@@ -254,6 +277,15 @@ class Run:
                 if hook_point.port == "result":
                     whole = [n for n in arrival.reads if not self._done[n.index]]
                     self._take(arrival, whole, [], value, None, whole=True)
+
+    def _take_rest(self, arrival: Arrival, value: Any, front: Front) -> Any:
+        """An arrival without its first tokens: complete while the graph sees it."""
+        point = arrival.hook_point
+        axes = self._schedule().axes(point)
+        known = front.hidden if point == front.point else None
+        whole = complete(value, axes, known, front.cut, front.width)
+        changed = self._take_parts(arrival, whole)
+        return None if changed is None else trim(changed, axes, front.cut, front.width)
 
     def _take_parts(self, arrival: Arrival, value: Any) -> Any:
         """Prompts first, each in its own rows; then invokes that see the whole batch."""

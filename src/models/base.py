@@ -202,6 +202,8 @@ class Model(Envoy):
         """Plan a finished block, load the weights if they are not loaded, and run it."""
         work = self.plan(tracer)
         module = self.load()
+        if any(one.cut for one in work.passes) and not self.is_causal():
+            work = self.plan(tracer, causal=False)
         with self._lock, no_grad(tracer.recording.graph):
             return Execution(self, tracer, work, module).run()
 
@@ -209,7 +211,7 @@ class Model(Envoy):
         """The plan of a block as text."""
         return explain(self, tracer)
 
-    def plan(self, tracer: Tracer) -> Plan:
+    def plan(self, tracer: Tracer, causal: bool = True) -> Plan:
         """The work of a block: its passes, batches and what is left out.
 
         Raises:
@@ -220,6 +222,8 @@ class Model(Envoy):
         if not prompted:
             raise BlockError.empty()
         settings = settings_of(tracer.settings)
+        if not causal:
+            settings = dataclasses.replace(settings, causal=False)
         return plan(tracer.recording.graph, prompted, BlockFacts(self, tracer), settings)
 
     def parts(self, tracer: Tracer, prompts: dict[int, Any], result: Any) -> dict[int, Any]:
@@ -276,12 +280,31 @@ class Model(Envoy):
             largest += 3 * bytes_each(schedule.visits[head, "output", 0].axes)
         return max(1, largest)
 
+    def may_be_causal(self) -> bool:
+        """False if the model cannot continue from keys and values of earlier tokens."""
+        return False
+
+    def make_cache(self, layers: list[tuple[torch.Tensor, torch.Tensor]] | None) -> Any:
+        raise AssertionError("only passes with a cut have a cache, and plain modules have none")
+
+    def read_cache(self, cache: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        raise AssertionError("only passes with a cut have a cache, and plain modules have none")
+
+    def is_causal(self) -> bool:
+        """True if the loaded model's first tokens do not depend on later ones."""
+        return False
+
     def head(self) -> str | None:
         """Path of the unembedding, if the forward can apply it to the last positions alone."""
         return None
 
     def forward(
-        self, tracer: Tracer, module: torch.nn.Module, one: Pass, prompts: list[Any]
+        self,
+        tracer: Tracer,
+        module: torch.nn.Module,
+        one: Pass,
+        prompts: list[Any],
+        cache: Any = None,
     ) -> Any:
         """Run the entry point on a batch."""
         first = prompts[0]

@@ -35,9 +35,20 @@ class Entry(Protocol):
         """What else has to be in place while a pass runs."""
 
     def forward(
-        self, tracer: Tracer, module: torch.nn.Module, one: Pass, prompts: list[Any]
+        self,
+        tracer: Tracer,
+        module: torch.nn.Module,
+        one: Pass,
+        prompts: list[Any],
+        cache: Any,
     ) -> Any:
-        """Run the entry point on a batch."""
+        """Run the entry point on a batch, with a cache of `make_cache` or None."""
+
+    def make_cache(self, layers: list[tuple[torch.Tensor, torch.Tensor]] | None) -> Any:
+        """A cache for the forward, empty or with keys and values of each layer."""
+
+    def read_cache(self, cache: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values of each layer of a cache."""
 
     def parts(self, tracer: Tracer, prompts: dict[int, Any], result: Any) -> dict[int, Any]:
         """What the entry point returned for each prompt of a pass."""
@@ -118,16 +129,26 @@ class Execution:
             return None
         skipping: AbstractContextManager[Any] = nullcontext()
         if prefix is not None:
-            skipping = prefix.skipping(self._module, one, run.places, run.rows, at_path)
+            skipping = prefix.skipping(self._module, one, run, at_path)
         batch = list(prompts.values())
+        cache = None
+        if prefix is not None and (one.caches or one.cut):
+            cache = entry.make_cache(prefix.cache(one) if one.cut else None)
         try:
             with (
                 Patcher(self._module, run, one, prefix),
                 skipping,
                 entry.around(tracer, run, self._module, batch),
             ):
-                result = entry.forward(tracer, self._module, one, batch)
+                result = entry.forward(tracer, self._module, one, batch, cache)
         except Stop:
+            result = None
+        if prefix is not None and one.caches:
+            prefix.rows_of.update({i: len(p.lengths) for i, p in prompts.items()})
+            prefix.keep_cache(
+                one, entry.read_cache(cache), {i: p.width for i, p in prompts.items()}
+            )
+        if result is None:
             return None
         if run.wants_result:
             run.result(entry.parts(tracer, prompts, result))

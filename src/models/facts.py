@@ -20,6 +20,8 @@ class Host(Protocol):
 
     def budget(self, all_logits: bool) -> int: ...
 
+    def may_be_causal(self) -> bool: ...
+
     def head(self) -> str | None: ...
 
 
@@ -49,6 +51,9 @@ class BlockFacts:
 
     def budget(self, all_logits: bool) -> int:
         return self._host.budget(all_logits)
+
+    def may_be_causal(self) -> bool:
+        return self._host.may_be_causal()
 
     def head(self) -> str | None:
         return self._host.head()

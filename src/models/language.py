@@ -116,6 +116,7 @@ class LanguageModel(Model):
         self._keeps_logits = accepts(forward, "logits_to_keep")
         self._takes_cache = accepts(forward, "use_cache")
         self._head: str | None = None
+        self._causal: bool | None = None
 
     def _start(self, skeleton: torch.nn.Module) -> None:
         super().__init__(skeleton)
@@ -337,8 +338,50 @@ class LanguageModel(Model):
         neutral = isinstance(value, (int, float)) and value in (0, 1) and name != "max_new_tokens"
         return None if neutral else value
 
+    def may_be_causal(self) -> bool:
+        config = self.config.get_text_config()
+        windows = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+        kinds = set(windows[1] or ())
+        return (
+            self._takes_cache
+            and self._takes_positions
+            and accepts(self.tree().forward, "past_key_values")
+            and not self.config.is_encoder_decoder
+            and not kinds - {"full_attention"}
+            and (windows[0] is None or bool(kinds))
+        )
+
+    def is_causal(self) -> bool:
+        # Asked of the model itself, once: does another last token change what comes before it?
+        if self._causal is None:
+            module = self.load()
+            ids = torch.arange(6, device=self._input_device(module)).repeat(2, 1)
+            ids[1, -1] += 1
+            with self._lock, torch.no_grad():
+                logits = module(input_ids=ids, use_cache=False).logits[:, :-1]
+            self._causal = not module.training and torch.allclose(
+                logits[0], logits[1], rtol=1e-4, atol=1e-4 * float(logits.abs().max())
+            )
+        return self._causal
+
+    def make_cache(self, layers: list[tuple[torch.Tensor, torch.Tensor]] | None) -> Any:
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        for number, (keys, values) in enumerate(layers or ()):
+            cache.update(keys, values, number)
+        return cache
+
+    def read_cache(self, cache: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return [(layer.keys, layer.values) for layer in cache.layers]
+
     def forward(
-        self, tracer: Tracer, module: torch.nn.Module, one: Pass, prompts: list[TextPrompt]
+        self,
+        tracer: Tracer,
+        module: torch.nn.Module,
+        one: Pass,
+        prompts: list[TextPrompt],
+        cache: Any = None,
     ) -> Any:
         positions = self._takes_positions and not tracer.generates
         inputs = batch(prompts, self._reader.pad, positions, self._input_device(module))
@@ -348,7 +391,11 @@ class LanguageModel(Model):
         if not tracer.generates:
             if one.positions:
                 options.setdefault("logits_to_keep", one.positions)
-            if one.start or (len(prompts) > 1 and not self._sees_output(one)):
+            if cache is not None:
+                options["past_key_values"], options["use_cache"] = cache, True
+                if one.cut:
+                    inputs = _from_token(inputs, one.cut)
+            elif one.start or (len(prompts) > 1 and not self._sees_output(one)):
                 # Skipped blocks would leave gaps in a cache; and nobody sees it.
                 options.setdefault("use_cache", False)
             return module(**inputs, **options)
@@ -467,6 +514,16 @@ class LanguageModel(Model):
             for _, (own, width) in sorted(parts.items())
         ]
         return torch.cat(rows)
+
+
+def _from_token(inputs: dict[str, Any], cut: int) -> dict[str, Any]:
+    """Model inputs without the first tokens, which a cache stands for; the mask covers all."""
+    mask = inputs["attention_mask"]
+    positions = inputs.get("position_ids")
+    if positions is None:
+        positions = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+    rest = {name: tensor[:, cut:] for name, tensor in inputs.items() if name in PER_TOKEN}
+    return {**inputs, **rest, "attention_mask": mask, "position_ids": positions[:, cut:]}
 
 
 def _until_end(ids: torch.Tensor, prompt: int, endings: torch.Tensor | None) -> torch.Tensor:
