@@ -67,9 +67,11 @@ def timed(function: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def interleave(sides: dict[str, Callable[[], Any]], runs: int) -> dict[str, list[float]]:
-    """Seconds of each side in each of `runs` rounds, after three rounds of warm-up."""
-    for _ in range(3):
+def interleave(
+    sides: dict[str, Callable[[], Any]], runs: int, warm: int = 3
+) -> dict[str, list[float]]:
+    """Seconds of each side in each of `runs` rounds, after `warm` rounds of warm-up."""
+    for _ in range(warm):
         for function in sides.values():
             function()
     times: dict[str, list[float]] = {name: [] for name in sides}

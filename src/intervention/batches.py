@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Hashable, Iterable, Sequence
+from graphlib import TopologicalSorter
 
 from ..tracing.errors import OrderError
 from ..tracing.graph import Graph
-from ..tracing.node import READ, WRITE, HookPoint, Node
+from ..tracing.node import CALL, READ, WRITE, HookPoint, Node
+from ..tracing.operations import FIELD, GETITEM
 from .causal import cuts
 from .order import Edge, levels, position, units
 from .plan import Facts, Pass, Settings
-from .rows import splits
+from .rows import splits, tensors_in
 from .schedule import Schedule
 
 #: Into how many parts of a prompt the positions are sorted where variants start in its middle.
@@ -42,7 +44,12 @@ class Reuse:
 
 
 def unsplittable(
-    graph: Graph, live: bytearray, schedule: Schedule, invokes: Sequence[int], facts: Facts
+    graph: Graph,
+    live: bytearray,
+    users: list[list[Node] | None],
+    schedule: Schedule,
+    invokes: Sequence[int],
+    facts: Facts,
 ) -> set[int]:
     """The invokes that use a value which cannot be split into prompts: they run alone."""
     members = set(invokes)
@@ -58,22 +65,40 @@ def unsplittable(
             can = known[node.target] = node.target.port == "result" or (
                 visit is not None and splits(visit.axes, padded)
             )
-        if not can:
+        if not can or _takes_opaque_field(node, users, schedule):
             alone.add(node.invoke)
     return alone
+
+
+def _takes_opaque_field(
+    node: Node, users: list[list[Node] | None], schedule: Schedule
+) -> bool:
+    """True if a field of the forward's output is used that is no tensor, such as a cache."""
+    if node.kind != READ or node.target.path or node.target.port != "output":
+        return False
+    axes = schedule.axes(node.target)
+    return isinstance(axes, dict) and any(
+        user.kind == CALL
+        and user.target in (FIELD, GETITEM)
+        and type(name := user.args[1]) is str
+        and axes.get(name) is None
+        for user in users[node.index] or ()
+    )
 
 
 def first_written_blocks(
     graph: Graph, live: bytearray, schedule: Schedule, invokes: Iterable[int]
 ) -> dict[int, int]:
     """How many blocks of the chain lie before the first write of each invoke; all without a write."""
-    ends = [schedule.visits[path, "output", 0].order for path in schedule.chain]
+    visits = [schedule.visits[path, "output", 0] for path in schedule.chain]
+    # A write at a block's own output leaves the block itself as it is; but of what a block returns
+    # the hidden states alone are kept.
+    ends = [visit.order + (tensors_in(visit.axes) > 1) for visit in visits]
     found = dict.fromkeys(invokes, len(ends))
     for (invoke, hook_point), node in graph.writes.items():
         if invoke not in found or not live[node.index] or hook_point.port == "result":
             continue
         at = position(hook_point, schedule)
-        # A write at a block's own output leaves the block itself as it is.
         before = 0 if at is None else sum(end <= at[1] for end in ends)
         found[invoke] = min(found[invoke], before)
     return found
@@ -177,7 +202,7 @@ def arrange(
     group = units(prompted, uses)
     alone: set[int] = set()
     if schedule is not None and not together:
-        alone = unsplittable(graph, live, schedule, prompted, facts)
+        alone = unsplittable(graph, live, users, schedule, prompted, facts)
     plan = Reuse()
     cut: dict[int, int] = {}
     if settings.prefix_reuse and schedule is not None and not together and not facts.generates:
@@ -188,7 +213,7 @@ def arrange(
             last = len(schedule.chain)
             widths = {i: w for i, w in widths.items() if w >= 2 * CUTS and plan.start[i] < last}
             cut = cuts(graph, live, users, schedule, plan.start, widths)
-    served = _served_by_base(plan, uses, schedule)
+    served = _served_by_base(graph, plan, uses, schedule)
     needed = [edge for edge in uses if edge not in served]
     rest = [invoke for invoke in prompted if invoke not in plan.whole]
     limit = None
@@ -226,9 +251,10 @@ def arrange(
         formed = form(levels({i: group[i] for i in rest}, needed, lambda edge: True))
     passes = [_base(batch, plan) for batch in _base_batches(plan, facts, limit)]
     for _, start, batch in formed:
+        batch, seams = in_order(batch, group, needed)
         first = min(cut.get(invoke, 0) for invoke in batch)
         alike = len({facts.extent(invoke)[1] for invoke in batch}) == 1
-        passes.append(Pass(batch, start=start, cut=first if alike else 0))
+        passes.append(Pass(batch, start=start, cut=first if alike else 0, seams=seams))
     if any(one.cut for one in passes):
         # Their keys and values are wanted of all blocks.
         for one in passes:
@@ -238,16 +264,48 @@ def arrange(
     return passes
 
 
-def _served_by_base(plan: Reuse, uses: list[Edge], schedule: Schedule | None) -> set[Edge]:
+def in_order(
+    batch: list[int], group: dict[int, frozenset[int]], uses: Iterable[Edge]
+) -> tuple[list[int], list[int] | None]:
+    """A batch with those before that others use, and before which of them it may be halved.
+
+    The second is None where nothing in the batch uses another's value.
+    """
+    members = set(batch)
+    inside = [edge for edge in uses if edge.first in members and edge.second in members]
+    if not inside:
+        return batch, None
+    before: dict[frozenset[int], set[frozenset[int]]] = {group[i]: set() for i in batch}
+    for edge in inside:
+        if group[edge.first] != group[edge.second]:
+            before[group[edge.second]].add(group[edge.first])
+    ordered: list[int] = []
+    seams = []
+    for unit in TopologicalSorter(before).static_order():
+        seams.append(len(ordered))
+        ordered.extend(invoke for invoke in batch if invoke in unit)
+    return ordered, seams[1:]
+
+
+def answered(graph: Graph, schedule: Schedule, read: Node, start: int) -> bool:
+    """True if the base pass answers a read of a variant that skips `start` blocks."""
+    at = position(read.target, schedule)
+    if at is None:
+        return False
+    boundary = (0, schedule.visits[schedule.chain[start - 1], "output", 0].order)
+    return at < boundary or (at == boundary and (read.invoke, read.target) not in graph.writes)
+
+
+def _served_by_base(
+    graph: Graph, plan: Reuse, uses: list[Edge], schedule: Schedule | None
+) -> set[Edge]:
     """The uses whose value a base pass computes, before everything else."""
     served = set()
     for edge in uses:
         if edge.first in plan.whole:
             served.add(edge)
         elif edge.first in plan.start and schedule is not None:
-            at = position(edge.read.target, schedule)
-            end = schedule.visits[schedule.chain[plan.start[edge.first] - 1], "output", 0].order
-            if at is not None and at < (0, end):
+            if answered(graph, schedule, edge.read, plan.start[edge.first]):
                 served.add(edge)
     return served
 

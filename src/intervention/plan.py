@@ -95,6 +95,7 @@ class Pass:
         cut: first tokens that are not computed, because they are those of the base pass.
         caches: the keys and values of its tokens are kept for passes with a cut.
         keep: blocks whose outputs later passes start from.
+        seams: before which of its invokes the batch may be halved; None for any.
         positions: the last positions that are unembedded; 0 for all.
         arrivals: by hook point.
     """
@@ -106,18 +107,25 @@ class Pass:
     cut: int = 0
     caches: bool = False
     keep: set[int] = dataclasses.field(default_factory=set)
+    seams: list[int] | None = None
     positions: int = 0
     arrivals: dict[HookPoint, Arrival] = dataclasses.field(default_factory=dict)
 
     def halves(self) -> list[Pass]:
-        """This pass as two, with half of its batch each."""
-        middle = len(self.invokes) // 2
-        return [self._part(part) for part in (self.invokes[:middle], self.invokes[middle:])]
+        """This pass as two, with half of its batch each; none if its invokes need each other."""
+        count = len(self.invokes)
+        seams = range(1, count) if self.seams is None else self.seams
+        if not seams:
+            return []
+        at = min(seams, key=lambda seam: abs(seam - count // 2))
+        return [self._part(0, at), self._part(at, count)]
 
-    def _part(self, invokes: list[int]) -> Pass:
+    def _part(self, first: int, stop: int) -> Pass:
+        invokes = self.invokes[first:stop]
         shared = {i: stands for i, stands in self.shared.items() if stands in invokes}
         members = {*invokes, *shared}
-        part = dataclasses.replace(self, invokes=invokes, shared=shared, arrivals={})
+        seams = self.seams and [seam - first for seam in self.seams if first < seam < stop]
+        part = dataclasses.replace(self, invokes=invokes, shared=shared, seams=seams, arrivals={})
         for hook_point, arrival in self.arrivals.items():
             reads = [node for node in arrival.reads if node.invoke in members]
             writes = [node for node in arrival.writes if node.invoke in members]

@@ -14,8 +14,8 @@ from ..tracing.errors import BlockError, ScheduleError
 from ..tracing.graph import Graph, arguments
 from ..tracing.node import CALL, READ, WRITE, Node
 from ..tracing.operations import GETITEM
-from .batches import arrange
-from .order import edges, position
+from .batches import answered, arrange
+from .order import edges
 from .plan import Arrival, Facts, Pass, Plan, Settings
 from .schedule import Schedule
 
@@ -101,7 +101,6 @@ def place_arrivals(graph: Graph, plan: Plan, schedule: Schedule | None) -> None:
     for one in plan.passes:
         for invoke in (*one.invokes, *one.shared):
             (base if one.base else home)[invoke] = one
-    ends = [schedule.visits[path, "output", 0].order for path in plan.chain] if schedule else []
     last = {node.index for node in graph.writes.values()}
     for node in graph.nodes:
         if not plan.live[node.index] or (node.kind != READ and node.kind != WRITE):
@@ -109,8 +108,7 @@ def place_arrivals(graph: Graph, plan: Plan, schedule: Schedule | None) -> None:
         invoke, target = node.invoke, node.target
         one = home.get(invoke) or base.get(invoke) or plan.passes[0]
         if one.start and invoke in base and schedule is not None:
-            at = position(target, schedule)
-            if at is not None and at < (0, ends[one.start - 1]):
+            if node.kind == READ and answered(graph, schedule, node, one.start):
                 one = base[invoke]
         arrival = one.arrivals.get(target)
         if arrival is None:
@@ -164,7 +162,8 @@ def _last_positions(read: Node, users: list[list[Node] | None], saved: frozenset
         if user.kind != CALL or user.target is not GETITEM or user.args[0] is not read:
             return 0
         key = user.args[1]
-        if type(key) is not tuple or len(key) < 2 or key[0] is None or key[0] is Ellipsis:
+        # Another first index may be a mask that counts tokens, or a new axis.
+        if type(key) is not tuple or len(key) < 2 or type(key[0]) not in (slice, int):
             return 0
         token = key[1]
         if type(token) is slice and token.stop is None and token.step in (None, 1):

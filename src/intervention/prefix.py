@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from ..tracing.node import HookPoint
-from ..tracing.structure import children, leaves, rebuild
+from ..tracing.structure import children, leaves
 from .plan import Pass, Plan
-from .rows import Place, TensorAxes, narrow, region
+from .rows import Place, TensorAxes, map_axes, narrow, region
 from .run import Front, Run
 from .schedule import Schedule
 
@@ -70,7 +70,9 @@ class Prefix:
         block = one.start - 1
         parts = [self._kept[self._stands[invoke], block] for invoke in one.invokes]
         if places is None:
-            return parts[0]
+            # The model may change it in place, and others may start from it later.
+            last = self._left[self._stands[one.invokes[0]], block] == 1
+            return parts[0] if last else parts[0].clone()
         width = max(part.shape[1] for part in parts)
         first = parts[0]
         if all(part.shape[1] == width for part in parts):
@@ -162,9 +164,7 @@ def _forward(shape: Any, given: torch.Tensor | None) -> Callable[..., Any]:
         hidden = given
         if hidden is None:
             hidden = next(leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
-        if isinstance(shape, TensorAxes):
-            return hidden
-        parts = children(shape) or []
-        return rebuild(shape, [hidden, *[None] * (len(parts) - 1)])
+        rest = [hidden]
+        return map_axes(lambda _: rest.pop() if rest else None, shape)
 
     return forward

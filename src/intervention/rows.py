@@ -162,6 +162,14 @@ def splits(axes: Any, padded: bool) -> bool:
     return parts is None or all(splits(part, padded) for part in parts)
 
 
+def tensors_in(axes: Any) -> int:
+    """How many tensors a structure has."""
+    if isinstance(axes, TensorAxes):
+        return 1
+    parts = None if type(axes) in ATOMS else children(axes)
+    return sum(tensors_in(part) for part in parts or ())
+
+
 def bytes_each(axes: Any) -> int:
     """Bytes of the tensors of a structure for one row of one token."""
     if isinstance(axes, TensorAxes):

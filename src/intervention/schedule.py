@@ -8,7 +8,7 @@ batch is the batch, 13 → 17 the tokens, 26 → 51 both flattened into one.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -81,7 +81,8 @@ def measure(
         ScheduleError: the module cannot be run on fake tensors.
     """
     try:
-        first, second = (_arrivals(module, make_inputs, *size) for size in SIZES)
+        trial, (second, _) = (_arrivals(module, make_inputs, *size) for size in SIZES)
+        first = trial[0]
         inside = tuple(f"{path}." for path, child in module.named_modules() if sorts(child))
     except GraftworkError:
         raise
@@ -97,7 +98,23 @@ def measure(
         for order, (one, other) in enumerate(zip(first, second, strict=True))
         if not inside or not one.key[0].startswith(inside)
     }
-    return Schedule(visits, find_chain(module, first))
+    chain = find_chain(module, *trial)
+    if not all(_is_hidden(visits[path, "output", 0].axes) for path in chain):
+        chain = ()
+    return Schedule(visits, chain)
+
+
+def _is_hidden(axes: Any) -> bool:
+    """True if the first tensor of what a block returns is [row, …] or [row, token, …]."""
+    while not isinstance(axes, TensorAxes):
+        axes = next(part for part in children(axes) or () if part is not None)
+    roles = [axis.role for axis in axes.axes]
+    return (
+        roles[:1] == [BATCH]
+        and axes.axes[0].factor == 1
+        and set(roles[2:]) <= {FIXED}
+        and roles[1:2] in ([], [FIXED], [TOKEN])
+    )
 
 
 @dataclasses.dataclass(slots=True)
@@ -106,44 +123,97 @@ class _Event:
 
     Attributes:
         shapes: its value with shapes for tensors.
-        tensors: for each tensor in it, its identity and how many arrivals there had been when it
-            came to be; 0 for what the forward was given.
+        tensors: for each tensor in it, its identity, and its memory: which, and how many arrivals
+            there had been when it was last written; 0 for what the forward was given.
         opaque: it holds an object that may carry values past the blocks.
     """
 
     key: Key
     shapes: Any
-    tensors: tuple[tuple[int, int], ...]
+    tensors: tuple[tuple[int, int, int], ...]
     opaque: bool
 
 
-class _Births(TorchDispatchMode):
-    """Notes when each tensor of a trial forward came to be, and keeps it: a freed one's identity
-    would be given to another."""
+@dataclasses.dataclass(slots=True)
+class _Use:
+    """An operation of a trial forward took a tensor.
+
+    Attributes:
+        time: how many arrivals there had been.
+        memory: the storage of the tensor.
+        written: how many arrivals there had been when that was last written.
+        changes: the operation writes there.
+    """
+
+    time: int
+    memory: int
+    written: int
+    changes: bool
+
+
+class _Ledger(TorchDispatchMode):
+    """Notes who writes and who takes which memory in a trial forward.
+
+    It keeps all tensors, as a freed one's identity would be given to another. Views have their
+    tensor's memory.
+    """
 
     def __init__(self, events: list[_Event]) -> None:
         super().__init__()
+        self.uses: list[_Use] = []
         self._events = events
-        self._born: dict[int, tuple[Any, int]] = {}
+        self._kept: dict[int, torch.Tensor] = {}
+        self._written: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        now = len(self._events)
+        changed = []
+        for argument, value in _named(func, args, kwargs):
+            changes = argument.alias_info is not None and argument.alias_info.is_write
+            for leaf in leaves(value):
+                if isinstance(leaf, torch.Tensor):
+                    _, memory, written = self.of(leaf)
+                    self.uses.append(_Use(now, memory, written, changes))
+                    if changes:
+                        changed.append(memory)
+        result = func(*args, **kwargs)
         for leaf in leaves(result):
             if isinstance(leaf, torch.Tensor):
-                self._born.setdefault(id(leaf), (leaf, len(self._events)))
+                self._kept.setdefault(id(leaf), leaf)
+                self._written.setdefault(_memory(leaf), now)
+        self._written.update(dict.fromkeys(changed, now))
         return result
 
-    def of(self, tensor: torch.Tensor) -> tuple[int, int]:
-        kept = self._born.setdefault(id(tensor), (tensor, 0))
-        return id(tensor), kept[1]
+    def of(self, tensor: torch.Tensor) -> tuple[int, int, int]:
+        self._kept.setdefault(id(tensor), tensor)
+        memory = _memory(tensor)
+        return id(tensor), memory, self._written.setdefault(memory, 0)
 
 
-def find_chain(module: torch.nn.Module, events: list[_Event]) -> tuple[str, ...]:
+def _memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _named(func: Any, args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:
+    """The arguments of a torch operation with their declarations."""
+    declared = func._schema.arguments
+    yield from zip(declared, args, strict=False)
+    by_name = {argument.name: argument for argument in declared}
+    yield from ((by_name[name], value) for name, value in kwargs.items())
+
+
+def find_chain(
+    module: torch.nn.Module, events: list[_Event], uses: list[_Use]
+) -> tuple[str, ...]:
     """The longest list of sibling blocks of which each takes what the one before it gave.
 
-    It is a chain only if nothing else that came to be inside it is handed on: a tensor that a block
-    takes besides the hidden states must be older than the first block (shared keys and values or a
-    memory are not), and no object may hold one. Caches are left out of runs that skip blocks.
+    It is a chain only if nothing else that came to be inside it is used elsewhere. A tensor that a
+    block takes besides the hidden states must be older than the first block (shared keys and values
+    or a memory are not). Nor may any operation take memory that another block wrote, however it came
+    by it: by an attribute, a dict, a closure, or from what a block returned besides the hidden
+    states. No object that a block takes may hold a tensor. Caches are left out of runs that skip
+    blocks. What this cannot see is state that is no tensor, such as a counter in Python.
     """
     at = {event.key: (number, event) for number, event in enumerate(events)}
     best: tuple[str, ...] = ()
@@ -151,12 +221,16 @@ def find_chain(module: torch.nn.Module, events: list[_Event]) -> tuple[str, ...]
         if not isinstance(parent, torch.nn.ModuleList) or len(parent) < 2:
             continue
         paths = tuple(f"{path}.{name}" for name in parent._modules)
-        if len(paths) > len(best) and _is_chain(paths, at):
+        if len(paths) > len(best) and _is_chain(paths, at, uses):
             best = paths
     return best
 
 
-def _is_chain(paths: tuple[str, ...], at: dict[Key, tuple[int, _Event]]) -> bool:
+def _is_chain(
+    paths: tuple[str, ...], at: dict[Key, tuple[int, _Event]], uses: list[_Use]
+) -> bool:
+    spans: list[tuple[int, int]] = []
+    handed: list[int] = []  # the memory of the hidden states between blocks
     first = before = None
     for path in paths:
         begin, end = at.get((path, "inputs", 0)), at.get((path, "output", 0))
@@ -168,10 +242,44 @@ def _is_chain(paths: tuple[str, ...], at: dict[Key, tuple[int, _Event]]) -> bool
             return False
         if before is not None and taken.tensors[0][0] != before.tensors[0][0]:
             return False
-        if any(born > first for _, born in taken.tensors[1:]):
+        if any(written > first for _, _, written in taken.tensors[1:]):
             return False
         before = end[1]
-    return True
+        spans.append((number, end[0]))
+        handed.append(end[1].tensors[0][1])
+    assert first is not None
+    last = spans[-1][1]
+    inside = _inside(first, last, spans)
+    for use in uses:
+        if use.time <= first:
+            continue
+        block = inside.get(use.time)
+        if use.changes and use.written <= first and block is not None and use.memory in handed:
+            return False  # hidden states are changed in place: skipped blocks would not do that
+        if use.written <= first or (use.written > last and use.time > last):
+            continue
+        if block is None:
+            if use.time <= last or use.memory != handed[-1]:
+                return False
+        elif inside.get(use.written) != block:
+            if not block or use.memory != handed[block - 1]:
+                return False
+    return not any(
+        first < written <= last and memory != handed[-1]
+        for number, event in at.values()
+        if number > last
+        for _, memory, written in event.tensors
+    )
+
+
+def _inside(first: int, last: int, spans: list[tuple[int, int]]) -> dict[int, int]:
+    """For each count of arrivals between the first and the last block, in which block that is."""
+    return {
+        time: block
+        for block, (begin, end) in enumerate(spans)
+        for time in range(begin + 1, end + 1)
+        if first < time <= last
+    }
 
 
 def _arrivals(
@@ -179,15 +287,15 @@ def _arrivals(
     make_inputs: Callable[[int, int], tuple[tuple[Any, ...], dict[str, Any]]],
     batch: int,
     tokens: int,
-) -> list[_Event]:
+) -> tuple[list[_Event], list[_Use]]:
     events: list[_Event] = []
-    births = _Births(events)
+    ledger = _Ledger(events)
 
     def note(key: Key, value: Any) -> None:
         tensors, opaque = [], False
         for leaf in leaves(value):
             if isinstance(leaf, torch.Tensor):
-                tensors.append(births.of(leaf))
+                tensors.append(ledger.of(leaf))
             elif type(leaf) not in ATOMS and not type(leaf).__name__.endswith("Cache"):
                 opaque = True
         events.append(_Event(key, _shapes(value), tuple(tensors), opaque))
@@ -218,13 +326,13 @@ def _arrivals(
         module.eval()
         with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
             args, kwargs = make_inputs(batch, tokens)
-            with births:
+            with ledger:
                 module(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()
         module.train(training)
-    return events
+    return events, ledger.uses
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

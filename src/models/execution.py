@@ -95,13 +95,9 @@ class Execution:
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
-            if state is None:
-                prompt = self._tracer.invokes[one.invokes[0]].prompt
-                raise MemoryError(
-                    f"One prompt of {len(prompt.lengths)} rows of {prompt.width} tokens does not fit "
-                    f"into the free memory of {free_memory(self._module_device()) >> 20} MiB. "
-                    f"Shorten it, or use a smaller dtype. ({error})"
-                ) from error
+            halves = one.halves()
+            if not halves:
+                raise self._too_large(one, error) from error
         else:
             if self._prefix is not None:
                 self._prefix.release(one)
@@ -112,7 +108,19 @@ class Execution:
         logger.warning(
             "%d prompts did not fit into memory together: they run in two halves", len(one.invokes)
         )
-        return [pair for half in one.halves() for pair in self._run_or_halve(half)]
+        return [pair for half in halves for pair in self._run_or_halve(half)]
+
+    def _too_large(self, one: Pass, error: BaseException) -> MemoryError:
+        prompts = [self._tracer.invokes[invoke].prompt for invoke in one.invokes]
+        rows, width = sum(len(p.lengths) for p in prompts), max(p.width for p in prompts)
+        which = "One prompt"
+        if len(prompts) > 1:
+            which = f"A batch of {len(prompts)} prompts that use each other's values, with"
+        free = free_memory(self._module_device()) >> 20
+        return MemoryError(
+            f"{which} {'of ' if len(prompts) == 1 else ''}{rows} rows of {width} tokens does not fit "
+            f"into the free memory of {free} MiB. Shorten it, or use a smaller dtype. ({error})"
+        )
 
     def _module_device(self) -> torch.device:
         first = next(iter(self._module.parameters()), None)
