@@ -6,9 +6,10 @@ Each function is one pass of the planner over the graph. None of them touches a 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Sequence
 
-from ..tracing.errors import Location, OrderError
+from ..tracing.errors import Location, OrderError, ScheduleError
 from ..tracing.graph import Graph, arguments
 from ..tracing.node import READ, WRITE, HookPoint, Node
 from .schedule import Schedule
@@ -137,6 +138,7 @@ def split_waves(
     Raises:
         OrderError: a write needs a later value of its own invoke, or two invokes wait for each other.
     """
+    schedule = functools.cache(schedule)
     after: dict[tuple[int, int], tuple[Node, Node]] = {}
     together: dict[tuple[int, int], tuple[Node, Node]] = {}
     for index, reads in requirements(graph, live).items():
@@ -146,7 +148,11 @@ def split_waves(
                 if read.invoke != write.invoke:
                     together[read.invoke, write.invoke] = (read, write)
                 continue
-            later = _later(read, write, schedule)
+            try:
+                later = _later(read, write, schedule)
+            except ScheduleError:
+                # In one prompt the run itself will tell; of two, the one that is used runs first.
+                later = read.invoke != write.invoke
             if read.invoke == write.invoke:
                 if later:
                     raise OrderError.later(

@@ -121,9 +121,10 @@ def _arrivals(
         return hook
 
     handles = []
-    training = module.training
+    modes = [(child, child.training) for child in module.modules()]
     try:
-        for path, child in module.named_modules():
+        # A module at two paths is the same place under two names.
+        for path, child in module.named_modules(remove_duplicate=False):
             handles.append(child.register_forward_pre_hook(before(path), with_kwargs=True))
             handles.append(child.register_forward_hook(after(path)))
         module.eval()
@@ -133,7 +134,8 @@ def _arrivals(
     finally:
         for handle in handles:
             handle.remove()
-        module.train(training)
+        for child, training in modes:
+            child.training = training
     return events
 
 

@@ -29,9 +29,9 @@ from ..intervention import (
 from ..intervention.patcher import at_path
 from ..intervention.plan import Pass
 from ..tracing.context import Tracer
-from ..tracing.errors import BlockError, InputError, LoadError, ScheduleError, UnknownModuleError
+from ..tracing.errors import BlockError, LoadError, ScheduleError, UnknownModuleError
 from ..tracing.node import READ, WRITE, HookPoint
-from ..tracing.structure import leaves, map_leaves
+from ..tracing.structure import ATOMS, leaves, map_leaves
 from .loading import meta_copy
 
 logger = logging.getLogger("graftwork")
@@ -39,12 +39,19 @@ logger = logging.getLogger("graftwork")
 
 @dataclasses.dataclass(slots=True)
 class TensorPrompt:
-    """The arguments of one invoke of a plain module. Tensors have their batch on axis 0."""
+    """The arguments of one invoke of a plain module. Tensors have their batch on axis 0.
+
+    Attributes:
+        alone: the tensors have no common batch, so this prompt cannot be batched.
+        needs_grad: a tensor asks for gradients.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     lengths: list[int]
     width: int = 0
+    alone: bool = False
+    needs_grad: bool = False
 
     @property
     def spans(self) -> list[tuple[int, int]]:
@@ -55,7 +62,8 @@ class Model(Envoy):
     """Any `torch.nn.Module` with tensor inputs, ready for blocks.
 
     Args:
-        module: used as it is; nothing in it is replaced.
+        module: used as it is; nothing in it is replaced. Where several invokes are in one block, its
+            tensor inputs have their batch on axis 0 and rows do not see each other.
 
     Example:
         with model.trace(x):
@@ -75,10 +83,9 @@ class Model(Envoy):
 
     def _set_up(self) -> None:
         self._envoys: dict[str, Envoy] = {}
-        self._schedule: Schedule | ScheduleError | None = None
+        self._schedules: dict[str, Schedule | ScheduleError] = {}
         # One run at a time: hooks of two runs on one module would see each other's forwards.
         self._lock = threading.RLock()
-        self._example: TensorPrompt | None = None
 
     # ---------------------------------------------------------------- the module
 
@@ -127,31 +134,57 @@ class Model(Envoy):
     def keeps_cache(self, tracer: Tracer) -> bool:
         return True
 
-    def schedule(self) -> Schedule:
-        """What the forward does, measured once without weights.
+    def schedule(self, prompt: Any = None, tracer: Tracer | None = None) -> Schedule:
+        """What the forward does, measured once for each kind of prompt, without weights.
+
+        Args:
+            prompt: one of that kind.
+            tracer: the block, whose options may change what the forward returns.
 
         Raises:
             ScheduleError: the model cannot be run on fake tensors.
         """
         with self._lock:
-            if self._schedule is None:
+            options = self._trial_options(tracer) if tracer is not None else {}
+            kind = self._kind_of(prompt) + (repr(options) if options else "")
+            found = self._schedules.get(kind)
+            if found is None:
                 try:
-                    self._schedule = measure(
-                        self.skeleton(), self._trial_inputs, self._sorts_tokens
+                    found = measure(
+                        self._skeleton_to_measure(),
+                        lambda batch, tokens: self._trial_inputs(batch, tokens, prompt, options),
+                        self._sorts_tokens,
                     )
                 except ScheduleError as error:
-                    self._schedule = error
-            if isinstance(self._schedule, ScheduleError):
-                raise self._schedule
-            return self._schedule
+                    found = error
+                self._schedules[kind] = found
+            if isinstance(found, ScheduleError):
+                raise found
+            return found
+
+    def _skeleton_to_measure(self) -> torch.nn.Module:
+        try:
+            return self.skeleton()
+        except Exception as error:  # whatever keeps a module from being copied
+            raise ScheduleError.no_schedule("This block", f"it has no skeleton: {error}") from error
+
+    def _trial_options(self, tracer: Tracer) -> dict[str, Any]:
+        """Keywords of the block that belong to the forward."""
+        return {}
+
+    def _kind_of(self, prompt: Any) -> str:
+        """Prompts of one kind have one schedule."""
+        return repr(self._shape_class(prompt)) if prompt is not None else ""
 
     def _sorts_tokens(self, module: torch.nn.Module) -> bool:
         """True if what is inside `module` has the batch's tokens in an order that depends on them."""
         return False
 
-    def _trial_inputs(self, batch: int, tokens: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        example = self._example
-        if example is None:
+    def _trial_inputs(
+        self, batch: int, tokens: int, prompt: Any, options: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Fake inputs like `prompt` for the given sizes."""
+        if prompt is None:
             raise ScheduleError.no_schedule("This block", "it has no prompt yet")
 
         def resize(leaf: Any) -> Any:
@@ -159,7 +192,7 @@ class Model(Envoy):
                 return leaf
             return torch.empty((batch, *leaf.shape[1:]), dtype=leaf.dtype, device="meta")
 
-        return map_leaves(resize, example.args), map_leaves(resize, example.kwargs)
+        return map_leaves(resize, prompt.args), map_leaves(resize, prompt.kwargs)
 
     def meta_parameter(self, path: str) -> torch.Tensor:
         return _tensor_at(self.skeleton(), path)
@@ -185,19 +218,17 @@ class Model(Envoy):
         return Shapes(tracer, self)
 
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        rows = {
-            leaf.shape[0]
-            for leaf in leaves((args, kwargs))
-            if isinstance(leaf, torch.Tensor) and leaf.ndim
-        }
-        if not rows:
-            raise InputError("the invoke has no tensor with a batch axis.")
-        if len(rows) > 1:
-            raise InputError(f"the tensors of an invoke have batches of {sorted(rows)} rows.")
-        prompt = TensorPrompt(args, kwargs, [0] * rows.pop())
-        if self._example is None:
-            self._example = prompt
-        return prompt
+        tensors = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        rows = {tensor.shape[0] for tensor in tensors if tensor.ndim}
+        # Tensors whose first axes differ have no common batch: such a prompt runs alone.
+        common = len(rows) == 1
+        return TensorPrompt(
+            args,
+            kwargs,
+            [0] * (rows.pop() if common else 1),
+            alone=not common,
+            needs_grad=any(tensor.requires_grad for tensor in tensors),
+        )
 
     def execute(self, tracer: Tracer) -> Any:
         """Plan a finished block, load the weights if they are not loaded, and run it."""
@@ -205,13 +236,21 @@ class Model(Envoy):
         prompted = [i.index for i in tracer.invokes if i.prompt is not None]
         if not prompted:
             raise BlockError.empty()
-        work = plan(graph, prompted, self.schedule, lambda wave: self._batches(tracer, wave))
+        if any(tracer.invokes[index].prompt.needs_grad for index in prompted):
+            graph.needs_grad = True
+        first = tracer.invokes[prompted[0]].prompt
+        work = plan(
+            graph,
+            prompted,
+            lambda: self.schedule(first, tracer),
+            lambda wave: self._batches(tracer, wave),
+        )
         arrivals(graph, work, prompted)
         if len(work.passes) > 1:
             _refuse_whole_batch(tracer, work)
         module = self.load()
         with self._lock, no_grad(graph):
-            run = Run(graph, work, self._apply, self._parameter, self.schedule)
+            run = Run(graph, work, self._apply, self._parameter)
             results = [self._run_pass(tracer, run, module, one) for one in work.passes]
             result = self._join(tracer, work, results)
             run.conclude(result)
@@ -224,7 +263,8 @@ class Model(Envoy):
         may_stop = self._may_stop(tracer, module)
         extents = {i: (len(p.lengths), p.width) for i, p in prompts.items()}
         whole = any(invoker.prompt is None for invoker in tracer.invokes)
-        run.begin(one, extents, may_stop, whole)
+        first = tracer.invokes[one.invokes[0]].prompt
+        run.begin(one, extents, lambda: self.schedule(first, tracer), may_stop, whole)
         if may_stop and not run.sites:
             return None
         try:
@@ -257,18 +297,24 @@ class Model(Envoy):
         """Split the invokes of a wave into batches that can share a forward."""
         if len(wave) <= 1:
             return [wave] if wave else []
-        if not self._can_batch():
-            return [[index] for index in wave]
-        apart = self._apart(tracer, wave)
         groups: dict[Any, list[int]] = {}
         for index in wave:
-            alike = self._shape_class(tracer.invokes[index].prompt) if index not in apart else None
-            groups.setdefault((alike, index if alike is None else -1), []).append(index)
-        return list(groups.values())
+            groups.setdefault(self._shape_class(tracer.invokes[index].prompt), []).append(index)
+        batches = []
+        for group in groups.values():
+            prompt = tracer.invokes[group[0]].prompt
+            apart = (
+                set(group) if not self._can_batch(prompt, tracer) else self._apart(tracer, group)
+            )
+            batches.append([index for index in group if index not in apart])
+            batches.extend([index] for index in apart)
+        return sorted(batch for batch in batches if batch)
 
     def _apart(self, tracer: Tracer, wave: list[int]) -> set[int]:
         """The invokes that use a value which cannot be split into prompts: they run alone."""
-        schedule = self.schedule()
+        if len(wave) <= 1:
+            return set()
+        schedule = self.schedule(tracer.invokes[wave[0]].prompt, tracer)
         members = set(wave)
         padded = len({n for i in wave for n in tracer.invokes[i].prompt.lengths}) > 1
         known: dict[HookPoint, bool] = {}
@@ -287,23 +333,34 @@ class Model(Envoy):
                 apart.add(node.invoke)
         return apart
 
-    def _can_batch(self) -> bool:
+    def _can_batch(self, prompt: Any, tracer: Tracer) -> bool:
+        if self._mixes_rows():
+            return False
         try:
-            self.schedule()
+            self.schedule(prompt, tracer)
         except ScheduleError as error:
             logger.warning("each prompt runs in a pass of its own: %s", error)
             return False
         return True
+
+    def _mixes_rows(self) -> bool:
+        """True if a module computes a row from other rows too, or has its batch on another axis."""
+        return any(
+            getattr(child, "batch_first", True) is False
+            or (child.training and isinstance(child, torch.nn.modules.batchnorm._BatchNorm))
+            for child in self.tree().modules()
+        )
 
     def _shape_class(self, prompt: Any) -> Any:
         """Prompts of one class can be batched."""
 
         def part(leaf: Any) -> Any:
             if isinstance(leaf, torch.Tensor):
-                return (tuple(leaf.shape[1:]), leaf.dtype)
-            return leaf
+                return (tuple(leaf.shape[1:]), leaf.dtype) if leaf.ndim else leaf.item()
+            return leaf if type(leaf) in ATOMS else id(leaf)
 
-        return repr((map_leaves(part, prompt.args), map_leaves(part, prompt.kwargs)))
+        kind = repr((map_leaves(part, prompt.args), map_leaves(part, prompt.kwargs)))
+        return (kind, id(prompt)) if prompt.alone else kind
 
     def _forward(self, tracer: Tracer, module: torch.nn.Module, prompts: list[Any]) -> Any:
         """Run the entry point on a batch."""

@@ -10,17 +10,12 @@ from .structure import ATOMS, leaves
 
 
 class Box:
-    """Where one saved value is delivered. Only the user's proxies keep it alive after the run.
+    """Where one saved value is delivered. Only the user's proxies keep it alive after the run."""
 
-    Attributes:
-        handle: while the block is open, the proxy that `save()` returned.
-    """
-
-    __slots__ = ("error", "full", "handle", "value")
+    __slots__ = ("error", "full", "value")
 
     def __init__(self) -> None:
         self.full = False
-        self.handle: Any = None
         self.value: Any = None
         self.error: Exception | None = None
 
