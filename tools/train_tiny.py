@@ -1,7 +1,7 @@
 """Owns the model that ships inside the package: its training text, training, scores and card.
 
-    python tools/train_tiny.py                  # writes src/models/tiny, about 20 minutes on a core
-    python tools/train_tiny.py --out /tmp/tiny  # the same, somewhere else
+    python tools/train_tiny.py                  # writes src/models/tiny, about 15 minutes on a core
+    python tools/train_tiny.py --out elsewhere  # the same in another folder
 
 The result is a GPT-2 of about a million parameters that is small enough to ship and still does
 three things worth intervening on: it recalls facts, it names the indirect object of a sentence,
@@ -467,8 +467,8 @@ PORTIONS = (
     "basket of flowers",
 )
 
-# Sentences about giving are put together from these.  Were the distances between the names and the
-# end always alike, the model would count positions where it should look for names.
+# Sentences about giving are put together from these, so that the distance from the names to the end
+# varies: with ten fixed sentences the model failed on a gift of more words than it had seen.
 MEETINGS = (
     "When {a} and {b} went to the {place},",
     "After {a} and {b} went to the {place},",

@@ -70,9 +70,7 @@ def unsplittable(
     return alone
 
 
-def _takes_opaque_field(
-    node: Node, users: list[list[Node] | None], schedule: Schedule
-) -> bool:
+def _takes_opaque_field(node: Node, users: list[list[Node] | None], schedule: Schedule) -> bool:
     """True if a field of the forward's output is used that is no tensor, such as a cache."""
     if node.kind != READ or node.target.path or node.target.port != "output":
         return False

@@ -154,10 +154,8 @@ def splits(axes: Any, padded: bool) -> bool:
         tokens = [axis for axis in axes.axes if axis.role == TOKEN]
         if any(axis.role == UNKNOWN for axis in axes.axes):
             return False
-        # Without a batch axis, every prompt would see the same places: those of the longest one.
-        return not (padded and tokens) or (
-            axes.has_batch and all(axis.factor == 1 for axis in tokens)
-        )
+        # Without a batch axis it may be a sum over all prompts, or the positions of the longest one.
+        return axes.has_batch and not (padded and any(axis.factor != 1 for axis in tokens))
     parts = None if type(axes) in ATOMS else children(axes)
     return parts is None or all(splits(part, padded) for part in parts)
 

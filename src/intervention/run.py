@@ -15,15 +15,15 @@ from typing import Any
 
 import torch
 
-from ..tracing.errors import BlockError, OrderError, ShapeError, StepError
+from ..tracing.errors import BlockError, OrderError, ScheduleError, ShapeError, StepError
 from ..tracing.graph import Box, Graph, arguments
 from ..tracing.interpreter import Interpreter
 from ..tracing.node import CALL, READ, WRITE, HookPoint, Node
-from ..tracing.operations import APPLY, PUT, VIEW
+from ..tracing.operations import APPLY, ELEMENT, FIRST_ARGUMENT, IN_PLACE, PUT, VIEW
 from ..tracing.structure import leaves, map_leaves, snapshot
 from .causal import complete, trim
 from .plan import Arrival, Pass, Plan
-from .rows import Change, Misfit, Place, fit, narrow, put
+from .rows import Change, Misfit, Opaque, Place, fit, narrow, put
 from .schedule import Schedule
 
 
@@ -82,7 +82,6 @@ class Run:
         plan: Plan,
         call_module: Callable[..., Any],
         parameter: Callable[[str], Any],
-        schedule: Callable[[], Schedule],
     ) -> None:
         count = len(graph.nodes)
         self.graph = graph
@@ -93,7 +92,8 @@ class Run:
         self.suspended = False
         self.places: dict[int, Place] | None = None
         self.front: Front | None = None
-        self._schedule = schedule
+        self._schedule: Callable[[], Schedule] | None = None
+        self._known: Schedule | None = None
         self._call_module = call_module
         self._interpreter = Interpreter(self.values, self._apply_module, parameter)
         self.thread = threading.get_ident()
@@ -125,13 +125,19 @@ class Run:
     # ---------------------------------------------------------------- a pass
 
     def begin(
-        self, one: Pass, extents: dict[int, tuple[int, int]], may_stop: bool, whole: bool = False
+        self,
+        one: Pass,
+        extents: dict[int, tuple[int, int]],
+        schedule: Callable[[], Schedule],
+        may_stop: bool,
+        whole: bool = False,
     ) -> None:
         """Get ready for one pass.
 
         Args:
             one: the pass.
             extents: rows and width in tokens of each invoke in it, in the order of the batch.
+            schedule: that of its prompts; asked for only where several share the pass.
             may_stop: leave the forward after the last needed arrival.
             whole: other invokes see the whole batch, and what the prompts have written in it.
         """
@@ -157,6 +163,8 @@ class Run:
         self._outstanding = wanted + len(one.keep)
         self._may_stop = may_stop
         self._whole = whole
+        self._schedule = schedule
+        self._known = None
         self._each = 1
         self.front = None
         self._place()
@@ -281,7 +289,7 @@ class Run:
     def _take_rest(self, arrival: Arrival, value: Any, front: Front) -> Any:
         """An arrival without its first tokens: complete while the graph sees it."""
         point = arrival.hook_point
-        axes = self._schedule().axes(point)
+        axes = self._axes(point)
         known = front.hidden if point == front.point else None
         whole = complete(value, axes, known, front.cut, front.width)
         changed = self._take_parts(arrival, whole)
@@ -296,7 +304,7 @@ class Run:
         writes = [n for n in writes if n.invoke not in self._finished]
         axes = None
         if self.places is not None and (running or writes):
-            axes = self._schedule().axes(arrival.hook_point)
+            axes = self._axes(arrival.hook_point)
         changed = self._take(arrival, running, writes, value, axes)
         rest = [n for n in arrival.writes if n.invoke not in self._members]
         if whole or rest:
@@ -304,6 +312,12 @@ class Run:
             again = self._take(arrival, whole, rest, seen, None, whole=True)
             return changed if again is None else again
         return changed
+
+    def _axes(self, hook_point: HookPoint) -> Any:
+        if self._known is None:
+            assert self._schedule is not None
+            self._known = self._schedule()
+        return self._known.axes(hook_point)
 
     def _take(
         self,
@@ -353,7 +367,7 @@ class Run:
                 changes.append(Change(before, after, place, node))
                 continue
             try:
-                result = fit(result, after)
+                result = self._apart(node, result, fit(result, after))
             except Misfit as misfit:
                 raise self._misfit(node, misfit) from None
         if places is not None:
@@ -362,6 +376,31 @@ class Run:
             except Misfit as misfit:
                 raise self._misfit(misfit.owner, misfit) from None
         return result
+
+    def _apart(self, write: Node, before: Any, after: Any) -> Any:
+        """`after` in memory that the model may change: no other value and no user holds it."""
+        if isinstance(after, torch.Tensor) and self._is_new(write.args[0]):
+            return after
+        arrived = {id(leaf) for leaf in leaves(before)}
+        return map_leaves(
+            lambda leaf: (
+                leaf.clone() if isinstance(leaf, torch.Tensor) and id(leaf) not in arrived else leaf
+            ),
+            after,
+        )
+
+    def _is_new(self, node: Any) -> bool:
+        """True if the value of `node`, a tensor, is new memory that one other node uses."""
+        users = self.plan.users[node.index]
+        if node.kind != CALL or users is None or len(users) != 1:
+            return False
+        operation = node.target
+        if operation is not PUT:
+            return bool(operation.fresh or operation.effect is IN_PLACE)
+        _, part, view, *_ = node.args
+        if view is ELEMENT or view is FIRST_ARGUMENT:
+            return type(part) is Node and self._is_new(part)
+        return not view.copies
 
     def _detach(self, value: Any) -> None:
         """Copy what is still needed after this arrival and lies in the model's own memory: the model
@@ -378,7 +417,7 @@ class Run:
             return leaf
 
         for index in self._kept:
-            if self._remaining[index]:
+            if self.values[index] is not None:
                 self.values[index] = map_leaves(copy, self.values[index])
         self._kept.clear()
 
@@ -387,10 +426,16 @@ class Run:
         self._done[index] = 1
         boxes = self._boxes.get(index)
         if boxes is not None:
-            keep = node.kind == CALL and len(boxes) == 1 and _owns(node, self.plan.users[index])
-            for box in boxes:
-                box.value = value if keep else snapshot(value)
-                box.full = True
+            opaque = _opaque(value)
+            if opaque is not None:
+                self._refuse(node, opaque, boxes)
+            else:
+                # `+` of two tuples is a new tuple of the same tensors.
+                keep = type(value) is torch.Tensor and len(boxes) == 1
+                keep = keep and node.kind == CALL and _owns(node, self.plan.users[index])
+                for box in boxes:
+                    box.value = value if keep else snapshot(value)
+                    box.full = True
         users = self.plan.users[index]
         if users:
             self.values[index] = value
@@ -402,13 +447,21 @@ class Run:
                     heappush(self._ready, user.index)
         elif node.kind == WRITE:
             self.values[index] = value
+            self._kept.append(index)  # the place it goes to may come later
+
+    def _refuse(self, node: Node, value: Opaque, boxes: list[Box]) -> None:
+        for box in boxes:
+            box.error = ScheduleError.shared(node.describe(), node.location, value.reason)
 
     def _drain(self) -> None:
         nodes, values, remaining = self.graph.nodes, self.values, self._remaining
         free = self.plan.settings.memory
         while self._ready:
             node = nodes[heappop(self._ready)]
-            value = self._interpreter.evaluate(node)
+            if node.target is APPLY:
+                value = self._unheard(self._interpreter.evaluate, node)
+            else:
+                value = self._interpreter.evaluate(node)
             for argument in arguments(node):
                 remaining[argument.index] -= 1
                 if free and not remaining[argument.index]:
@@ -416,11 +469,15 @@ class Run:
             self._bind(node, value)
 
     def _apply_module(self, path: str, *args: Any, **kwargs: Any) -> Any:
-        self.suspended = True
+        return self._unheard(self._call_module, path, *args, **kwargs)
+
+    def _unheard(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Call a function that may run modules of the model, which are not the forward's."""
+        before, self.suspended = self.suspended, True
         try:
-            return self._call_module(path, *args, **kwargs)
+            return function(*args, **kwargs)
         finally:
-            self.suspended = False
+            self.suspended = before
 
     # ---------------------------------------------------------------- what went wrong
 
@@ -480,7 +537,7 @@ class Run:
         """
         for index, boxes in self._boxes.items():
             for box in boxes:
-                if not box.full:
+                if not box.full and box.error is None:
                     read = self._missing(self.graph.nodes[index]) or self.graph.nodes[index]
                     reason = self._reason(read) if read.kind == READ else "it was not computed"
                     box.error = StepError.never_ran(read.describe(), read.location, reason)
@@ -493,6 +550,15 @@ class Run:
     def close(self) -> None:
         """Break the cycle with the interpreter, so that nothing waits for the garbage collector."""
         del self._interpreter
+
+
+def _opaque(value: Any) -> Opaque | None:
+    """The reason why nothing of `value` belongs to one prompt, if that is so."""
+    if type(value) is Opaque:
+        return value
+    if type(value) is tuple and value and all(type(part) is Opaque for part in value):
+        return value[0]  # type: ignore[no-any-return]
+    return None
 
 
 def _owns(node: Node, users: list[Node] | None) -> bool:
@@ -509,5 +575,5 @@ def _owns(node: Node, users: list[Node] | None) -> bool:
 
 
 def no_grad(graph: Graph) -> Any:
-    """Gradients are recorded only if the block uses a tensor that asks for them."""
+    """Gradients are recorded only if the block or a prompt has a tensor that asks for them."""
     return torch.set_grad_enabled(torch.is_grad_enabled() and graph.needs_grad)

@@ -203,9 +203,7 @@ def _named(func: Any, args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:
     yield from ((by_name[name], value) for name, value in kwargs.items())
 
 
-def find_chain(
-    module: torch.nn.Module, events: list[_Event], uses: list[_Use]
-) -> tuple[str, ...]:
+def find_chain(module: torch.nn.Module, events: list[_Event], uses: list[_Use]) -> tuple[str, ...]:
     """The longest list of sibling blocks of which each takes what the one before it gave.
 
     It is a chain only if nothing else that came to be inside it is used elsewhere. A tensor that a
@@ -226,9 +224,7 @@ def find_chain(
     return best
 
 
-def _is_chain(
-    paths: tuple[str, ...], at: dict[Key, tuple[int, _Event]], uses: list[_Use]
-) -> bool:
+def _is_chain(paths: tuple[str, ...], at: dict[Key, tuple[int, _Event]], uses: list[_Use]) -> bool:
     spans: list[tuple[int, int]] = []
     handed: list[int] = []  # the memory of the hidden states between blocks
     first = before = None
@@ -318,9 +314,10 @@ def _arrivals(
         return hook
 
     handles = []
-    training = module.training
+    modes = [(child, child.training) for child in module.modules()]
     try:
-        for path, child in module.named_modules():
+        # A module at two paths is the same place under two names.
+        for path, child in module.named_modules(remove_duplicate=False):
             handles.append(child.register_forward_pre_hook(before(path), with_kwargs=True))
             handles.append(child.register_forward_hook(after(path)))
         module.eval()
@@ -331,7 +328,8 @@ def _arrivals(
     finally:
         for handle in handles:
             handle.remove()
-        module.train(training)
+        for child, training in modes:
+            child.training = training
     return events, ledger.uses
 
 

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
 from ..tracing.context import Tracer
-from ..tracing.errors import InputError, OperationError, ScheduleError
+from ..tracing.errors import InputError, NotRunError, OperationError, ScheduleError
 from ..tracing.graph import arguments
 from ..tracing.interpreter import Interpreter
 from ..tracing.node import CALL, READ, Captured, HookPoint, Node
@@ -41,7 +41,7 @@ class Prompt(Protocol):
 class Structure(Protocol):
     """What is known of a model without its weights."""
 
-    def schedule(self) -> Schedule: ...
+    def schedule(self, prompt: Any, tracer: Tracer) -> Schedule: ...
 
     def submodule(self, path: str) -> torch.nn.Module: ...
 
@@ -65,18 +65,25 @@ class Shapes:
     def value(self, node: Node) -> Any:
         """A fake value of `node`. Raises ScheduleError if the model cannot be run fake."""
         if self._fakes is None:
-            self._fakes = Fakes(self._structure, self._size)
+            self._fakes = Fakes(self._structure, self._size, self._schedule)
         return self._fakes.value(node)
 
     def device(self) -> torch.device:
         return self._structure.planned_device()
 
-    def _spans(self, node: Node, step: int) -> tuple[list[tuple[int, int]], int]:
-        """Where the tokens of each row that the invoke of `node` sees lie, and the width of a row."""
+    def _prompts(self, node: Node) -> list[Prompt]:
+        """What the invoke of `node` sees: its own prompt, or those of the whole batch."""
         invokes = self._tracer.invokes
         invoke = max(node.invoke, 0)
         prompt = invokes[invoke].prompt if invoke < len(invokes) else None
-        prompts = [prompt] if prompt is not None else [i.prompt for i in invokes if i.prompt]
+        return [prompt] if prompt is not None else [i.prompt for i in invokes if i.prompt]
+
+    def _schedule(self, node: Node) -> Schedule:
+        return self._structure.schedule(next(iter(self._prompts(node)), None), self._tracer)
+
+    def _spans(self, node: Node, step: int) -> tuple[list[tuple[int, int]], int]:
+        """Where the tokens of each row that the invoke of `node` sees lie, and the width of a row."""
+        prompts = self._prompts(node)
         if step and self._structure.keeps_cache(self._tracer):
             return [(0, 1)] * sum(len(p.spans) for p in prompts), 1
         width = max((p.width for p in prompts), default=0)
@@ -109,7 +116,11 @@ class Shapes:
                 return positions[0]
         if self._trials is None:
             self._trials = [
-                Fakes(self._structure, lambda node, n=n: (self._size(node)[0], n))  # type: ignore[misc]
+                Fakes(
+                    self._structure,
+                    lambda node, n=n: (self._size(node)[0], n),  # type: ignore[misc]
+                    self._schedule,
+                )
                 for _, n in SIZES
             ]
         try:
@@ -123,13 +134,19 @@ class Shapes:
             sizes = zip(first.shape, second.shape, strict=True)
             found = [i for i, (a, b) in enumerate(sizes) if a != b]
             if found:
+                grown = second.shape[found[0]] - first.shape[found[0]]
+                if grown != SIZES[1][1] - SIZES[0][1]:
+                    raise OperationError(
+                        f"`.t`: axis {found[0]} of {node.describe()} counts the tokens of several rows "
+                        "together; give each row an invoke of its own."
+                    )
                 return found[0]
         raise OperationError(f"`.t`: {node.describe()} has no axis that counts tokens.")
 
     def _measured(self, node: Node) -> Any:
         """Axes of a value that is a hook point's, or a part of its structure; None for others."""
         if node.kind == READ:
-            return self._structure.schedule().axes(node.target)
+            return self._schedule(node).axes(node.target)
         if (
             node.kind != CALL
             or node.target not in (ELEMENT, GETITEM)
@@ -217,9 +234,15 @@ class Fakes:
     They live on the meta device, where the skeleton is.
     """
 
-    def __init__(self, structure: Structure, size: Callable[[Node], tuple[int, int]]) -> None:
+    def __init__(
+        self,
+        structure: Structure,
+        size: Callable[[Node], tuple[int, int]],
+        schedule: Callable[[Node], Schedule],
+    ) -> None:
         self._structure = structure
         self._size = size
+        self._schedule = schedule
         self._values: dict[int, Any] = {}
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
 
@@ -229,29 +252,37 @@ class Fakes:
         Raises:
             ScheduleError: the model cannot be run fake, or never reaches that place.
         """
-        if node.index in self._values:
-            return self._values[node.index]
-        if node.kind == READ:
-            result = self._read(node)
-        else:
-            for argument in arguments(node):
-                self.value(argument)
-            interpreter = _MetaInterpreter(
-                self._values,  # type: ignore[arg-type]
-                self._call,
-                self._structure.meta_parameter,
-            )
+        values = self._values
+        waiting = [node]  # not recursive: a loop in a block makes a chain of thousands of nodes
+        while waiting:
+            last = waiting[-1]
+            missing = [a for a in arguments(last) if a.index not in values]
+            if missing and last.index not in values:
+                waiting += missing
+                continue
+            waiting.pop()
+            if last.index not in values:
+                values[last.index] = self._read(last) if last.kind == READ else self._evaluate(last)
+        return values[node.index]
+
+    def _evaluate(self, node: Node) -> Any:
+        interpreter = _MetaInterpreter(
+            self._values,  # type: ignore[arg-type]
+            self._call,
+            self._structure.meta_parameter,
+        )
+        try:
             with torch.no_grad(), self._mode:
-                result = interpreter.evaluate(node)
-        self._values[node.index] = result
-        return result
+                return interpreter.evaluate(node)
+        except DynamicOutputShapeException:
+            raise NotRunError.on_demand("shape", node.describe(), node.location) from None
 
     def _call(self, path: str, *args: Any, **kwargs: Any) -> Any:
         return self._structure.submodule(path).forward(*args, **kwargs)
 
     def _read(self, node: Node) -> Any:
         hook_point: HookPoint = node.target
-        axes = self._structure.schedule().axes(hook_point)
+        axes = self._schedule(node).axes(hook_point)
         if axes is None:
             raise ScheduleError.no_schedule(
                 f"The shape of `{hook_point}`", "this place was not reached in it"

@@ -16,8 +16,8 @@ from ..envoy import Alias, Envoy
 from ..intervention import Pass, Plan, Run, Schedule, Shapes, at_path, measure, no_grad, plan
 from ..intervention.rows import bytes_each
 from ..tracing.context import Tracer
-from ..tracing.errors import BlockError, InputError, LoadError, ScheduleError, UnknownModuleError
-from ..tracing.structure import leaves, map_leaves
+from ..tracing.errors import BlockError, LoadError, ScheduleError, UnknownModuleError
+from ..tracing.structure import ATOMS, leaves, map_leaves
 from .execution import Execution, free_memory, settings_of
 from .explain import Explanation, explain
 from .facts import BlockFacts
@@ -28,12 +28,19 @@ logger = logging.getLogger("graftwork")
 
 @dataclasses.dataclass(slots=True)
 class TensorPrompt:
-    """The arguments of one invoke of a plain module. Tensors have their batch on axis 0."""
+    """The arguments of one invoke of a plain module. Tensors have their batch on axis 0.
+
+    Attributes:
+        alone: the tensors have no common batch, so this prompt cannot be batched.
+        needs_grad: a tensor asks for gradients.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     lengths: list[int]
     width: int = 0
+    alone: bool = False
+    needs_grad: bool = False
 
     @property
     def spans(self) -> list[tuple[int, int]]:
@@ -44,7 +51,8 @@ class Model(Envoy):
     """Any `torch.nn.Module` with tensor inputs, ready for blocks.
 
     Args:
-        module: used as it is; nothing in it is replaced.
+        module: used as it is; nothing in it is replaced. Where several invokes are in one block, its
+            tensor inputs have their batch on axis 0 and rows do not see each other.
 
     Example:
         with model.trace(x):
@@ -64,10 +72,9 @@ class Model(Envoy):
 
     def _set_up(self) -> None:
         self._envoys: dict[str, Envoy] = {}
-        self._schedule: Schedule | ScheduleError | None = None
+        self._schedules: dict[str, Schedule | ScheduleError] = {}
         # One run at a time: hooks of two runs on one module would see each other's forwards.
         self._lock = threading.RLock()
-        self._example: TensorPrompt | None = None
 
     # ---------------------------------------------------------------- the module
 
@@ -116,31 +123,57 @@ class Model(Envoy):
     def keeps_cache(self, tracer: Tracer) -> bool:
         return True
 
-    def schedule(self) -> Schedule:
-        """What the forward does, measured once without weights.
+    def schedule(self, prompt: Any = None, tracer: Tracer | None = None) -> Schedule:
+        """What the forward does, measured once for each kind of prompt, without weights.
+
+        Args:
+            prompt: one of that kind.
+            tracer: the block, whose options may change what the forward returns.
 
         Raises:
             ScheduleError: the model cannot be run on fake tensors.
         """
         with self._lock:
-            if self._schedule is None:
+            options = self._trial_options(tracer) if tracer is not None else {}
+            kind = self._kind_of(prompt) + (repr(options) if options else "")
+            found = self._schedules.get(kind)
+            if found is None:
                 try:
-                    self._schedule = measure(
-                        self.skeleton(), self._trial_inputs, self._sorts_tokens
+                    found = measure(
+                        self._skeleton_to_measure(),
+                        lambda batch, tokens: self._trial_inputs(batch, tokens, prompt, options),
+                        self._sorts_tokens,
                     )
                 except ScheduleError as error:
-                    self._schedule = error
-            if isinstance(self._schedule, ScheduleError):
-                raise self._schedule
-            return self._schedule
+                    found = error
+                self._schedules[kind] = found
+            if isinstance(found, ScheduleError):
+                raise found
+            return found
+
+    def _skeleton_to_measure(self) -> torch.nn.Module:
+        try:
+            return self.skeleton()
+        except Exception as error:  # whatever keeps a module from being copied
+            raise ScheduleError.no_schedule("This block", f"it has no skeleton: {error}") from error
+
+    def _trial_options(self, tracer: Tracer) -> dict[str, Any]:
+        """Keywords of the block that belong to the forward."""
+        return {}
+
+    def _kind_of(self, prompt: Any) -> str:
+        """Prompts of one kind have one schedule."""
+        return repr(self._shape_class(prompt)) if prompt is not None else ""
 
     def _sorts_tokens(self, module: torch.nn.Module) -> bool:
         """True if what is inside `module` has the batch's tokens in an order that depends on them."""
         return False
 
-    def _trial_inputs(self, batch: int, tokens: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        example = self._example
-        if example is None:
+    def _trial_inputs(
+        self, batch: int, tokens: int, prompt: Any, options: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Fake inputs like `prompt` for the given sizes."""
+        if prompt is None:
             raise ScheduleError.no_schedule("This block", "it has no prompt yet")
 
         def resize(leaf: Any) -> Any:
@@ -148,7 +181,7 @@ class Model(Envoy):
                 return leaf
             return torch.empty((batch, *leaf.shape[1:]), dtype=leaf.dtype, device="meta")
 
-        return map_leaves(resize, example.args), map_leaves(resize, example.kwargs)
+        return map_leaves(resize, prompt.args), map_leaves(resize, prompt.kwargs)
 
     def meta_parameter(self, path: str) -> torch.Tensor:
         return _tensor_at(self.skeleton(), path)
@@ -184,27 +217,28 @@ class Model(Envoy):
         return Shapes(tracer, self)
 
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        rows = {
-            leaf.shape[0]
-            for leaf in leaves((args, kwargs))
-            if isinstance(leaf, torch.Tensor) and leaf.ndim
-        }
-        if not rows:
-            raise InputError("the invoke has no tensor with a batch axis.")
-        if len(rows) > 1:
-            raise InputError(f"the tensors of an invoke have batches of {sorted(rows)} rows.")
-        prompt = TensorPrompt(args, kwargs, [0] * rows.pop())
-        if self._example is None:
-            self._example = prompt
-        return prompt
+        tensors = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        rows = {tensor.shape[0] for tensor in tensors if tensor.ndim}
+        # Tensors whose first axes differ have no common batch: such a prompt runs alone.
+        common = len(rows) == 1
+        return TensorPrompt(
+            args,
+            kwargs,
+            [0] * (rows.pop() if common else 1),
+            alone=not common,
+            needs_grad=any(tensor.requires_grad for tensor in tensors),
+        )
 
     def execute(self, tracer: Tracer) -> Any:
         """Plan a finished block, load the weights if they are not loaded, and run it."""
+        graph = tracer.recording.graph
+        if any(i.prompt is not None and i.prompt.needs_grad for i in tracer.invokes):
+            graph.needs_grad = True
         work = self.plan(tracer)
         module = self.load()
         if any(one.cut for one in work.passes) and not self.is_causal():
             work = self.plan(tracer, causal=False)
-        with self._lock, no_grad(tracer.recording.graph):
+        with self._lock, no_grad(graph):
             return Execution(self, tracer, work, module).run()
 
     def explain(self, tracer: Tracer) -> Explanation:
@@ -245,31 +279,43 @@ class Model(Envoy):
 
     def batch_class(self, tracer: Tracer, invoke: int) -> Hashable:
         """Prompts of one class can be batched."""
-        prompt = tracer.invokes[invoke].prompt
+        return invoke if self._mixes_rows() else self._shape_class(tracer.invokes[invoke].prompt)
+
+    def _mixes_rows(self) -> bool:
+        """True if a module computes a row from other rows too, or has its batch on another axis."""
+        return any(
+            getattr(child, "batch_first", True) is False
+            or (child.training and isinstance(child, torch.nn.modules.batchnorm._BatchNorm))
+            for child in self.tree().modules()
+        )
+
+    def _shape_class(self, prompt: Any) -> Any:
+        """Prompts of one class can be batched."""
 
         def part(leaf: Any) -> Any:
             if isinstance(leaf, torch.Tensor):
-                return (tuple(leaf.shape[1:]), leaf.dtype)
-            return leaf
+                return (tuple(leaf.shape[1:]), leaf.dtype) if leaf.ndim else leaf.item()
+            return leaf if type(leaf) in ATOMS else id(leaf)
 
-        return repr((map_leaves(part, prompt.args), map_leaves(part, prompt.kwargs)))
+        kind = repr((map_leaves(part, prompt.args), map_leaves(part, prompt.kwargs)))
+        return (kind, id(prompt)) if prompt.alone else kind
 
     def identity(self, tracer: Tracer, prompt: Any) -> Hashable:
         """Equal for equal inputs; None where they are not compared."""
         return None
 
-    def budget(self, all_logits: bool) -> int:
+    def budget(self, tracer: Tracer, all_logits: bool) -> int:
         """Rows (for a language model, tokens) that fit into one forward.
 
         A quarter of the free memory, for what is alive at once: the outputs of the modules of one
         block, and the logits three times.
         """
-        return max(1, free_memory(self.planned_device()) // 4 // self._bytes_each(all_logits))
+        each = self._bytes_each(BlockFacts(self, tracer).schedule(), all_logits)
+        return max(1, free_memory(self.planned_device()) // 4 // each)
 
-    def _bytes_each(self, all_logits: bool) -> int:
-        schedule, head = self.schedule(), self.head()
+    def _bytes_each(self, schedule: Schedule, all_logits: bool) -> int:
+        head = self.head()
         blocks: dict[str, int] = {}
-        largest = 0
         for (path, port, _), visit in schedule.visits.items():
             if port == "output" and path != head and path:
                 size = bytes_each(visit.axes)

@@ -21,7 +21,7 @@ logger = logging.getLogger("graftwork")
 class Entry(Protocol):
     """How a kind of model is entered, and what it makes of the result."""
 
-    def schedule(self) -> Schedule: ...
+    def schedule(self, prompt: Any = None, tracer: Tracer | None = None) -> Schedule: ...
 
     def apply_module(self, path: str, *args: Any, **kwargs: Any) -> Any: ...
 
@@ -66,9 +66,9 @@ class Execution:
         self._plan = work
         self._module = module
         graph = tracer.recording.graph
-        self._run = Run(graph, work, entry.apply_module, entry.parameter, entry.schedule)
+        self._run = Run(graph, work, entry.apply_module, entry.parameter)
         shares = any(one.base for one in work.passes)
-        self._prefix = Prefix(work, entry.schedule()) if shares else None
+        self._prefix = Prefix(work, self._schedule(work.passes[0])) if shares else None
 
     def run(self) -> Any:
         """Run all passes; gives what the entry point returned, None where it stopped early."""
@@ -102,6 +102,7 @@ class Execution:
             if self._prefix is not None:
                 self._prefix.release(one)
             return [(one, result)]
+        assert state is not None
         self._run.restore(state)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -126,13 +127,17 @@ class Execution:
         first = next(iter(self._module.parameters()), None)
         return torch.device("cpu") if first is None else first.device
 
+    def _schedule(self, one: Pass) -> Schedule:
+        """The schedule of the prompts of a pass."""
+        return self._entry.schedule(self._tracer.invokes[one.invokes[0]].prompt, self._tracer)
+
     def _run_pass(self, one: Pass) -> Any:
         entry, tracer, run, prefix = self._entry, self._tracer, self._run, self._prefix
         prompts = {index: tracer.invokes[index].prompt for index in one.invokes}
         may_stop = self._plan.settings.stop and entry.may_stop(tracer, self._module)
         extents = {i: (len(p.lengths), p.width) for i, p in prompts.items()}
         whole = any(invoker.prompt is None for invoker in tracer.invokes)
-        run.begin(one, extents, may_stop, whole)
+        run.begin(one, extents, lambda: self._schedule(one), may_stop, whole)
         if may_stop and not run.sites and not one.keep:
             return None
         skipping: AbstractContextManager[Any] = nullcontext()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -19,7 +19,7 @@ class Described(Protocol):
 
     def plan(self, tracer: Tracer) -> Plan: ...
 
-    def schedule(self) -> Schedule: ...
+    def schedule(self, prompt: Any = None, tracer: Tracer | None = None) -> Schedule: ...
 
     def skeleton(self) -> torch.nn.Module: ...
 
@@ -48,7 +48,7 @@ def explain(model: Described, tracer: Tracer) -> Explanation:
     """
     plan = model.plan(tracer)
     prompts = {i.index: i.prompt for i in tracer.invokes if i.prompt is not None}
-    costs = _Costs(model)
+    costs = _Costs(model, tracer)
     rows: list[tuple[str, ...]] = []
     total = 0
     for number, one in enumerate(plan.passes, 1):
@@ -95,11 +95,12 @@ def explain(model: Described, tracer: Tracer) -> Explanation:
 class _Costs:
     """Work of the modules of a model, by place in the forward."""
 
-    def __init__(self, model: Described) -> None:
+    def __init__(self, model: Described, tracer: Tracer) -> None:
         self._head = model.head()
         self.known = True
         try:
-            self._schedule = model.schedule()
+            first = next(i.prompt for i in tracer.invokes if i.prompt is not None)
+            self._schedule = model.schedule(first, tracer)
         except ScheduleError:
             self._schedule = Schedule({})
             self.known = False

@@ -12,13 +12,13 @@ from ..tracing.context import Tracer
 class Host(Protocol):
     """What a block's facts are asked of: a model."""
 
-    def schedule(self) -> Schedule: ...
+    def schedule(self, prompt: Any = None, tracer: Tracer | None = None) -> Schedule: ...
 
     def batch_class(self, tracer: Tracer, invoke: int) -> Hashable: ...
 
     def identity(self, tracer: Tracer, prompt: Any) -> Hashable: ...
 
-    def budget(self, all_logits: bool) -> int: ...
+    def budget(self, tracer: Tracer, all_logits: bool) -> int: ...
 
     def may_be_causal(self) -> bool: ...
 
@@ -37,7 +37,8 @@ class BlockFacts:
         return self._tracer.generates
 
     def schedule(self) -> Schedule:
-        return self._host.schedule()
+        first = next(i.prompt for i in self._tracer.invokes if i.prompt is not None)
+        return self._host.schedule(first, self._tracer)
 
     def batch_class(self, invoke: int) -> Hashable:
         return self._host.batch_class(self._tracer, invoke)
@@ -50,7 +51,7 @@ class BlockFacts:
         return self._host.identity(self._tracer, self._tracer.invokes[invoke].prompt)
 
     def budget(self, all_logits: bool) -> int:
-        return self._host.budget(all_logits)
+        return self._host.budget(self._tracer, all_logits)
 
     def may_be_causal(self) -> bool:
         return self._host.may_be_causal()

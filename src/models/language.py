@@ -14,6 +14,8 @@ from ..envoy import Alias
 from ..intervention import Pass, Run
 from ..tracing.context import Tracer
 from ..tracing.errors import InputError, LoadError, near
+from ..tracing.node import READ, WRITE
+from ..tracing.structure import ATOMS
 from .architectures import IDS, POSITIONS, alias_of, padding_of
 from .base import Model, accepts
 from .execution import settings_of
@@ -32,6 +34,8 @@ _SEES_PADDING = (
     "sequence_bias", "bad_words_ids", "watermarking_config", "penalty_alpha", "assistant_model",
     "prompt_lookup_num_tokens",
 )  # fmt: skip
+#: Options of `generate` that change what each forward returns.
+_RETURNS = ("output_hidden_states", "output_attentions")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
@@ -189,7 +193,15 @@ class LanguageModel(Model):
             skeleton.set_experts_implementation("batched_mm")  # type: ignore[operator]
         return skeleton
 
-    def _trial_inputs(self, batch: int, tokens: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _kind_of(self, prompt: Any) -> str:
+        return ""
+
+    def _mixes_rows(self) -> bool:
+        return False
+
+    def _trial_inputs(
+        self, batch: int, tokens: int, prompt: Any, options: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         def whole() -> torch.Tensor:
             return torch.zeros(batch, tokens, dtype=torch.long, device="meta")
 
@@ -200,7 +212,14 @@ class LanguageModel(Model):
             inputs["position_ids"] = whole()
         if self.config.is_encoder_decoder:
             inputs["decoder_input_ids"] = whole()
-        return (), inputs
+        return (), {**inputs, **options}
+
+    def _trial_options(self, tracer: Tracer) -> dict[str, Any]:
+        return {
+            name: value
+            for name, value in tracer.kwargs.items()
+            if type(value) in ATOMS and (not tracer.generates or name in _RETURNS)
+        }
 
     def keeps_cache(self, tracer: Tracer) -> bool:
         given = tracer.kwargs.get("generation_config") or self.tree().generation_config
@@ -297,21 +316,23 @@ class LanguageModel(Model):
                 )
 
     def batch_class(self, tracer: Tracer, invoke: int) -> Hashable:
-        prompt = tracer.invokes[invoke].prompt
-        other = {k: id(v) if isinstance(v, torch.Tensor) else v for k, v in prompt.other.items()}
-        kinds: tuple[Hashable, ...] = (*sorted(prompt.inputs), repr(other))
-        # Without ids there is nothing to count positions from but the places in the batch.
-        counted = self._padding == IDS and "inputs_embeds" in prompt.inputs
-        same_width = self._padding is None or counted
-        if tracer.generates:
-            # Architectures that are not known may mix the states of rows of one length: RWKV does.
-            if self._padding is None or any(self._option(tracer, name) for name in _ENDS_ROWS):
+        alike: Hashable = super().batch_class(tracer, invoke)
+        if not tracer.generates:
+            return alike
+        # Architectures that are not known may mix the states of rows of one length, too: RWKV does.
+        if self._padding is None or any(self._option(tracer, name) for name in _ENDS_ROWS):
+            return invoke
+        # Only the beam search itself knows at which step it is done with a prompt.
+        if self._option(tracer, "num_beams") and self._endings(tracer, self.tree()) is not None:
+            nodes = tracer.graph.nodes
+            if any(node.kind in (READ, WRITE) and node.target.step for node in nodes):
                 return invoke
-            sees = any(self._option(tracer, name) for name in _SEES_PADDING)
-            same_width = same_width or sees or self._option(tracer, "max_new_tokens") is None
-        if same_width:
-            return *kinds, prompt.width, any(n != prompt.width for n in prompt.lengths)
-        return kinds
+        if (
+            any(self._option(tracer, name) for name in _SEES_PADDING)
+            or self._option(tracer, "max_new_tokens") is None
+        ):
+            return alike, tracer.invokes[invoke].prompt.width
+        return alike
 
     def identity(self, tracer: Tracer, prompt: Any) -> Hashable:
         # Options of the forward may ask for what skipped blocks would have given.
@@ -338,17 +359,31 @@ class LanguageModel(Model):
         neutral = isinstance(value, (int, float)) and value in (0, 1) and name != "max_new_tokens"
         return None if neutral else value
 
+    def _shape_class(self, prompt: Any) -> Any:
+        other = {k: id(v) if isinstance(v, torch.Tensor) else v for k, v in prompt.other.items()}
+        kinds = (*sorted(prompt.inputs), repr(other))
+        # Without ids there is nothing to count positions from but the places in the batch.
+        if "labels" in prompt.inputs:
+            return kinds, id(prompt)  # a loss is the mean over all prompts of a batch
+        counted = self._padding == IDS and "inputs_embeds" in prompt.inputs
+        if self._padding is not None and not counted:
+            return kinds
+        return kinds, prompt.width, any(n != prompt.width for n in prompt.lengths)
+
     def may_be_causal(self) -> bool:
         config = self.config.get_text_config()
-        windows = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
-        kinds = set(windows[1] or ())
+        window, layers = (
+            getattr(config, "sliding_window", None),
+            getattr(config, "layer_types", None),
+        )
+        kinds = set(layers or ())
         return (
             self._takes_cache
             and self._takes_positions
             and accepts(self.tree().forward, "past_key_values")
             and not self.config.is_encoder_decoder
             and not kinds - {"full_attention"}
-            and (windows[0] is None or bool(kinds))
+            and (window is None or bool(kinds))
         )
 
     def is_causal(self) -> bool:
@@ -406,20 +441,22 @@ class LanguageModel(Model):
             options["pad_token_id"] = self._reader.pad
         return module.generate(**inputs, **options)  # type: ignore[operator]
 
+    def _sees_output(self, one: Pass) -> bool:
+        if not self._takes_cache:
+            return True
+        return any(point.path == "" and point.port == "output" for point in one.arrivals)
+
     def _input_device(self, module: torch.nn.Module) -> torch.device:
         weight = module.get_input_embeddings().weight  # type: ignore[operator]
         if weight.is_meta:  # offloaded: accelerate brings it, and the inputs, to its own device
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return weight.device  # type: ignore[no-any-return]
 
-    def _sees_output(self, one: Pass) -> bool:
-        if not self._takes_cache:
-            return True
-        return any(point.path == "" and point.port == "output" for point in one.arrivals)
-
     def _touches_head(self, tracer: Tracer) -> bool:
+        head = self.tree().get_output_embeddings()  # type: ignore[operator]
+        paths = {""} | {name for name, child in self.tree().named_modules() if child is head}
         touched = {place[1].path for place in tracer.recording.current}
-        return bool({"", self.head()} & touched)
+        return bool(paths & touched)
 
     # ---------------------------------------------------------------- generation
 
@@ -472,16 +509,21 @@ class LanguageModel(Model):
         """Each prompt's own token ids [row, token] of a generated batch, as if it had run alone."""
         ids = result if isinstance(result, torch.Tensor) else result.sequences
         endings = self._endings(tracer, self.load())
-        width = max(prompt.width for prompt in prompts.values())
+        width = max(self._repeated(prompt) for prompt in prompts.values())
         each = ids.shape[0] // sum(prompt.rows for prompt in prompts.values())
         found, start = {}, 0
         for index, prompt in prompts.items():
-            own = ids[start : start + prompt.rows * each]
+            repeated = self._repeated(prompt)
+            own = ids[start : start + prompt.rows * each, width - repeated :]
             start += prompt.rows * each
-            if not self.config.is_encoder_decoder:
-                own = own[:, width - prompt.width :]
-            found[index] = _until_end(own, prompt.width, endings)
+            found[index] = _until_end(own, repeated, endings)
         return found
+
+    def _repeated(self, prompt: TextPrompt) -> int:
+        """How many tokens of the prompt the generated ids begin with."""
+        if self.config.is_encoder_decoder or "input_ids" not in prompt.inputs:
+            return 0
+        return prompt.width
 
     def parts(self, tracer: Tracer, prompts: dict[int, Any], result: Any) -> dict[int, Any]:
         if len(prompts) == 1:
@@ -498,7 +540,7 @@ class LanguageModel(Model):
         for one, result in zip(passes, results, strict=True):
             prompts = {index: tracer.invokes[index].prompt for index in one.invokes}
             for index, own in self._sequences(tracer, prompts, result).items():
-                parts[index] = (own, prompts[index].width)
+                parts[index] = (own, self._repeated(prompts[index]))
         for index, (own, _) in parts.items():
             tracer.invokes[index].output = own
         if len(results) == 1:

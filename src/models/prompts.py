@@ -33,14 +33,17 @@ class TextPrompt:
         spans: where the tokens of each row begin and end in it; outside is padding.
         lengths: own tokens of each row.
         width: tokens of the longest row.
+        needs_grad: its embeddings ask for gradients.
         other: further keyword inputs of the model, the same for the whole batch.
     """
 
-    __slots__ = ("inputs", "lengths", "other", "spans", "width")
+    __slots__ = ("inputs", "lengths", "needs_grad", "other", "spans", "width")
 
     def __init__(self, inputs: dict[str, torch.Tensor], other: dict[str, Any]) -> None:
         self.inputs = inputs
         self.other = other
+        embeddings = inputs.get("inputs_embeds")
+        self.needs_grad = embeddings is not None and embeddings.requires_grad
         mask = inputs["attention_mask"]
         self.width = mask.shape[1]
         self.spans = [(0, self.width)] * mask.shape[0]

@@ -14,7 +14,7 @@ except ImportError:  # einops is optional
     pass
 else:
 
-    class ProxyBackend(TorchBackend):  # type: ignore[misc]
+    class ProxyBackend(TorchBackend):
         """The torch backend: what it calls on tensors, proxies record.
 
         einops finds it among the subclasses of its own backends.

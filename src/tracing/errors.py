@@ -151,6 +151,13 @@ class NotRunError(GraftworkError):
         )
 
     @classmethod
+    def running(cls, what: str, location: Location) -> NotRunError:
+        return cls(
+            f"{what} is used by a function in the run that was not given it. Pass it as an argument: "
+            f"`graftwork.apply(function, proxy)`. Recorded at {location}"
+        )
+
+    @classmethod
     def on_demand(cls, use: str, what: str, location: Location) -> NotRunError:
         return cls(
             f"`{use}` needs the real value of {what}, which is only known when the block has run. "
@@ -277,6 +284,13 @@ class ScheduleError(GraftworkError):
         return cls(
             f"{need} needs the structure of the model's forward, and a trial run without weights "
             f"failed: {reason}"
+        )
+
+    @classmethod
+    def shared(cls, what: str, location: Location, reason: str) -> ScheduleError:
+        return cls(
+            f"{what} cannot be split into the prompts of a batch: {reason}. Recorded at {location}\n"
+            "Give this prompt a block of its own."
         )
 
 

@@ -13,16 +13,14 @@ class Box:
     """Where one saved value is delivered. Only the user's proxies keep it alive after the run.
 
     Attributes:
-        handle: while the block is open, the proxy that `save()` returned.
         number: which save of its block it belongs to, from 0.
     """
 
-    __slots__ = ("error", "full", "handle", "number", "value")
+    __slots__ = ("error", "full", "number", "value")
 
     def __init__(self, number: int) -> None:
         self.number = number
         self.full = False
-        self.handle: Any = None
         self.value: Any = None
         self.error: Exception | None = None
 

@@ -31,7 +31,8 @@ def _clone(value: Any) -> Any:
 def _shares(view: Any, whole: Any) -> bool:
     if not isinstance(view, torch.Tensor) or not isinstance(whole, torch.Tensor):
         return view is whole
-    return view is whole or torch._C._is_alias_of(view, whole)
+    alias: bool = torch._C._is_alias_of(view, whole)  # type: ignore[attr-defined]
+    return view is whole or alias
 
 
 class Operation:
@@ -44,7 +45,7 @@ class Operation:
         fresh: the result is new memory, shared with no argument.
         inverse: `inverse(whole, part, *args)` is `whole` with its part replaced. Views without one
             are put back by taking the same view of a copy.
-        copies: a view that torch replaces by a copy where it has to, as `reshape` and `to` do.
+        copies: a view that torch replaces by a copy where it has to, as `reshape` does.
             Which it is, the value tells.
     """
 
@@ -219,10 +220,10 @@ VIEWS = frozenset(
     "adjoint hsplit vsplit dsplit unsafe_chunk unsafe_split detach unfold broadcast_to".split()
 )
 
-#: Those that copy where they must, see `Operation.copies`.
+#: Those that copy where they must, see `Operation.copies`. Conversions (`to`, `float`, `cpu`) are not
+#: among them: whether they copy depends on the model's dtype and device, so here they always do.
 MAYBE_VIEWS = frozenset(
-    "reshape reshape_as flatten ravel contiguous to type type_as float double half bfloat16 bool int "
-    "long cpu cuda atleast_1d atleast_2d atleast_3d positive".split()
+    "reshape reshape_as flatten ravel contiguous atleast_1d atleast_2d atleast_3d positive".split()
 )
 
 #: Functions whose result is new memory, so that saving it needs no copy.

@@ -51,7 +51,7 @@ from .operations import (
     function_operation,
     is_in_place,
 )
-from .recording import ABANDONED, DONE, FAILED, OPEN, Recording
+from .recording import ABANDONED, DONE, FAILED, OPEN, RUNNING, Recording
 from .structure import ATOMS, children, leaves, map_leaves
 
 # Answered at once from the schedule: they return numbers, not values.
@@ -140,9 +140,10 @@ class Proxy:
         if recording.state is not OPEN:
             self._known()
             return self
-        node = _current(self)
+        node = self._node if self._parent is None else _current(self)
         box = self._box = recording.save(node)
-        saved = box.handle = type(self)(recording, node, None, self, None, node, box)
+        saved = type(self)(recording, node, None, self, None, node, box)
+        recording.saved.append(saved)
         return saved
 
     @property
@@ -171,6 +172,8 @@ class Proxy:
             raise NotSavedError.value(what, where)
         if state is FAILED:
             raise NotRunError.failed(what, where)
+        if state is RUNNING:
+            raise NotRunError.running(what, where)
         raise NotRunError.recording(what, where)
 
     @property
@@ -343,7 +346,7 @@ class Proxy:
         # A saved proxy is pickled as its value, so that `torch.load` needs no trust in our names.
         value = self._on_demand("pickle")
         if isinstance(value, torch.Tensor):
-            return value.__reduce_ex__(protocol)
+            return value.__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
         return _identity, (value,)
 
     def __copy__(self) -> Any:
@@ -509,9 +512,30 @@ def _current(proxy: Proxy) -> Node:
             recording = proxy._recording
             again = (node, *args)
             if operation.copies:
+                node = proxy._seen = _laid_out(parent)
                 operation, again, kwargs = AGAIN, (node, proxy._node, operation, args, kwargs), {}
             proxy._node = recording.graph.append(CALL, operation, again, kwargs, recording.invoke)
     return proxy._node
+
+
+def _laid_out(proxy: Proxy) -> Node:
+    """As `_current`, with the strides that torch's tensor would have.
+
+    The result of an in-place operation on a part has memory of its own, without the gaps of the
+    part; but whether `reshape` shows memory or copies it depends on the gaps.
+    """
+    node, parent, view = _current(proxy), proxy._parent, proxy._view
+    if parent is None:
+        return node
+    if view is None:
+        return _laid_out(parent)
+    operation, args, kwargs = view
+    if node.target is not operation and not operation.copies:
+        recording = proxy._recording
+        node = proxy._node = recording.graph.append(
+            CALL, operation, (_laid_out(parent), *args), kwargs, recording.invoke
+        )
+    return node
 
 
 def _assign(proxy: Proxy, node: Node) -> None:
@@ -576,7 +600,8 @@ def _same_key(one: Any, other: Any) -> bool:
     first, second = children(one), children(other)
     if first is None or second is None:
         return one is other or (type(one) is type(other) and type(one) in ATOMS and one == other)
-    return type(one) is type(other) and all(map(_same_key, first, second))
+    same = type(one) is type(other) and len(first) == len(second)
+    return same and all(map(_same_key, first, second))
 
 
 def _as_node(recording: Recording, value: Any, like: Node) -> Node:
@@ -614,6 +639,8 @@ def _record(
     if effect is IN_PLACE and isinstance(first, Proxy) and first._recording is recording:
         first._change(operation, args[1:], kwargs)
         return first
+    if operation.copies and isinstance(first, Proxy) and first._recording is recording:
+        _laid_out(first)
     lowered = tuple(_lower(recording, a) for a in args)
     options = {key: _lower(recording, v) for key, v in kwargs.items()} if kwargs else {}
     node = recording.graph.append(CALL, operation, lowered, options, recording.invoke)
@@ -754,6 +781,9 @@ def apply(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
 
 
 def _tensor(value: Any) -> Any:
+    """A number or tensor for a value of numpy; other values as they are."""
+    if isinstance(value, np.generic):
+        return value.item()
     return torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
 
 

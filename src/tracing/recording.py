@@ -34,10 +34,11 @@ class Recording:
         invoke: index of the open invoke, -1 between invokes.
         step: the forward that the open invoke talks about.
         current: per invoke and hook point, the proxy of what is there now (see `Proxy`).
+        saved: the proxies that `save()` returned, until the block has ended.
         oracle: shapes on demand; None once the block has ended.
     """
 
-    __slots__ = ("current", "graph", "invoke", "oracle", "state", "step")
+    __slots__ = ("current", "graph", "invoke", "oracle", "saved", "state", "step")
 
     def __init__(self, oracle: Oracle) -> None:
         self.graph = Graph()
@@ -45,6 +46,7 @@ class Recording:
         self.invoke = -1
         self.step = 0
         self.current: dict[tuple[int, HookPoint], Any] = {}
+        self.saved: list[Any] = []
         self.oracle: Oracle | None = oracle
 
     def close(self, state: str) -> None:
@@ -52,10 +54,10 @@ class Recording:
         cycle may keep a dropped value until the garbage collector comes by."""
         self.state = state
         self.current.clear()
-        for _, box in self.graph.saves:
+        for handle in self.saved:
             # A saved part would keep the saved whole alive.
-            if box.handle is not None:
-                box.handle._parent = box.handle = None
+            handle._parent = None
+        self.saved.clear()
         self.graph.release()
         self.oracle = None
 

@@ -19,7 +19,7 @@ ATOMS = frozenset(
 
 def rebuild(container: Any, items: list[Any]) -> Any:
     """A container like `container` with `items` in the order of `children`."""
-    kind = type(container)
+    kind: Any = type(container)
     if kind is tuple or kind is list:
         return kind(items)
     if kind is slice:
@@ -30,10 +30,15 @@ def rebuild(container: Any, items: list[Any]) -> Any:
     if isinstance(container, dict):
         pairs = dict(zip(container.keys(), items, strict=True))
         # A ModelOutput is a dict and a dataclass; its constructor sets both from keywords.
-        return kind(**pairs) if dataclasses.is_dataclass(container) else kind(pairs)
-    if isinstance(container, list):
-        return kind(items)
+        if hasattr(kind, "__dataclass_fields__"):
+            return kind(**pairs)
+        changed = copy.copy(container)
+        changed.update(pairs)
+        return changed
     changed = copy.copy(container)
+    if isinstance(container, list):
+        changed[:] = items
+        return changed
     for field, item in zip(dataclasses.fields(container), items, strict=True):
         object.__setattr__(changed, field.name, item)
     return changed

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import threading
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from graftwork.tracing.errors import (
     BlockError,
     InputError,
     NotRunError,
+    OperationError,
     OrderError,
     ShapeError,
     StepError,
@@ -140,7 +140,190 @@ def test_batched_prompts_with_edits_are_the_solo_prompts(
     assert tools.hooks(module) == 0
 
 
+@pytest.mark.slow
+@settings(
+    max_examples=30, deadline=None, derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)  # fmt: skip
+@given(data=st.data())
+def test_batched_generations_with_edits_are_the_solo_generations(
+    data: st.DataObject, tools: Any
+) -> None:
+    name = data.draw(st.sampled_from(["gpt2", "llama", "opt", "bloom", "mixtral", "mamba"]))
+    module, model = tools.module(name), tools.model(name)
+    lengths = data.draw(st.lists(st.integers(1, 8), min_size=2, max_size=3))
+    prompts = tools.prompts(*lengths, seed=data.draw(st.integers(0, 99)))
+    count = data.draw(st.integers(2, 4))
+    options = {"max_new_tokens": count, **data.draw(st.sampled_from([{}, {"num_beams": 2}]))}
+    if data.draw(st.booleans()):
+        new = plain_generation(module, prompts[0], **options)[0, -count:].tolist()
+        options["eos_token_id"] = data.draw(st.sampled_from(new))
+    steps = st.none() | st.integers(0, count - 1)
+    edits = [data.draw(st.tuples(steps, st.sampled_from([0.0, -2.0, 3.0]))) for _ in lengths]
+    path = next(p for p, _ in module.named_modules() if p.endswith(".1"))
+    saved, invokers = [], []
+    with model.generate(do_sample=False, pad_token_id=0, **options) as generator:
+        for prompt, (step, factor) in zip(prompts, edits, strict=True):
+            with generator.invoke(prompt) as invoker:
+                values = []
+                for i in range(count):
+                    if i:
+                        invoker.next()
+                    block = model.get(path)
+                    if i == step:
+                        block.output[0][:, -1] *= factor
+                    values.append(block.output[0].save())
+            saved.append(values)
+            invokers.append(invoker)
+    for prompt, edit, values, invoker in zip(prompts, edits, saved, invokers, strict=True):
+        seen: list[torch.Tensor] = []
+
+        def hook(_: Any, args: Any, output: Any, edit: Any = edit, seen: Any = seen) -> Any:
+            hidden = output[0] if isinstance(output, tuple) else output
+            hidden = hidden.clone()
+            if len(seen) == edit[0]:
+                hidden[:, -1] *= edit[1]
+            seen.append(hidden)
+            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+        handle = module.get_submodule(path).register_forward_hook(hook)
+        expected = plain_generation(module, prompt, **options)
+        handle.remove()
+        assert invoker.output.tolist() == expected.tolist()
+        for value, wanted in zip(values, seen, strict=False):
+            assert tools.difference(value.value, wanted) is None
+        for value in values[len(seen) :]:
+            with pytest.raises(StepError):
+                _ = value.value
+
+
+# ---------------------------------------------------------------- positions
+
+
+def test_positions_are_written_in_each_row_of_a_padded_invoke(
+    module: Any, model: Any, tools: Any
+) -> None:
+    a, b = tools.prompts(3, 6)
+    vector = torch.randn(16)
+    with model.trace([a.tolist(), b.tolist()]):
+        hidden = model.transformer.h[0].output
+        hidden.t[0] = vector
+        hidden.t[-1] += vector
+        hidden.t[1:2] *= 2
+        last = model.lm_head.output.t[-1].save()
+
+    def change(value: torch.Tensor) -> torch.Tensor:
+        value = value.clone()
+        value[:, 0] = vector
+        value[:, -1] += vector
+        value[:, 1:2] *= 2
+        return value
+
+    for i, prompt in enumerate((a, b)):
+        edits = {("transformer.h.0", "output"): change}
+        expected = tools.plain(module, prompt[None], edits=edits)["lm_head", "output"]
+        assert tools.difference(last.value[i], expected[0, -1]) is None
+
+
+def test_positions_on_an_axis_that_is_not_the_second(module: Any, model: Any, tools: Any) -> None:
+    a, b = tools.prompts(3, 6)
+    with model.trace() as tracer:
+        for prompt in (a, b):
+            with tracer.invoke(prompt):
+                values = model.transformer.h[1].attn.value.output
+                values.t[-1] = 0
+                last = model.lm_head.output.save()
+    head = heads_of(2)
+
+    def change(value: torch.Tensor) -> torch.Tensor:
+        value = value.clone()
+        head(value)[:, :, -1] = 0
+        return value
+
+    edits = {("transformer.h.1.attn.c_attn", "output"): change}
+    expected = tools.plain(module, b[None], edits=edits)["lm_head", "output"]
+    assert tools.difference(last.value, expected) is None
+
+
+@pytest.mark.parametrize(
+    "key", [0, -1, 2, slice(None), slice(1, None), slice(None, -1), slice(-3, -1), slice(0, 4, 2)]
+)
+def test_positions_in_a_row_with_padding_are_those_of_the_row_alone(
+    key: Any, module: Any, model: Any, tools: Any
+) -> None:
+    (a,) = tools.prompts(4)
+    padded = torch.cat([torch.tensor([0, 0]), a, torch.tensor([0])])
+    mask = [0, 0, 1, 1, 1, 1, 0]
+    with model.trace(padded, attention_mask=mask):
+        value = model.transformer.h[1].output.t[key].save()
+    expected = tools.plain(module, a[None])["transformer.h.1", "output"]
+    assert tools.difference(value.value, expected[:, key]) is None
+
+
+def test_positions_where_batch_and_tokens_are_one_axis(tools: Any) -> None:
+    module, model = tools.module("opt"), tools.model("opt")
+    a, b = tools.prompts(3, 6)
+    with model.trace() as tracer:
+        for prompt in (b, a):
+            with tracer.invoke(prompt):
+                last = model.model.decoder.layers[1].fc1.output.t[-1].save()
+    expected = tools.plain(module, a[None])["model.decoder.layers.1.fc1", "output"]
+    assert tools.difference(last.value, expected[-1]) is None
+    with pytest.raises(OperationError, match="counts the tokens of several rows together"):
+        with model.trace([[3, 4], [5, 6]]):
+            model.model.decoder.layers[1].fc1.output.t[-1].save()
+
+
+@pytest.mark.parametrize("key", [3, -4])
+def test_a_position_that_a_prompt_does_not_have_is_refused(
+    key: int, model: Any, tools: Any
+) -> None:
+    with pytest.raises(InputError, match="the prompt has 3 tokens"):
+        with model.trace(tools.prompts(3)[0]):
+            model.transformer.h[0].output.t[key].save()
+
+
+def test_positions_that_rows_have_in_different_numbers_are_refused(model: Any) -> None:
+    with pytest.raises(OperationError, match=r"prompts of lengths \[2, 3\]"):
+        with model.trace([[3, 4], [5, 6, 7]]):
+            model.transformer.h[0].output.t[1:].save()
+
+
+def test_what_has_no_tokens_has_no_positions(model: Any, tools: Any) -> None:
+    with pytest.raises(OperationError, match="has no axis that counts tokens"):
+        with model.trace(tools.prompts(3)[0]):
+            model.transformer.h[0].output.mean(1).t[0].save()
+
+
 # ---------------------------------------------------------------- the whole batch
+
+
+def test_the_whole_batch_of_a_generation(module: Any, model: Any, tools: Any) -> None:
+    prompts = tools.prompts(3, 6)
+    with model.generate(max_new_tokens=3, do_sample=False, pad_token_id=0) as generator:
+        for prompt in prompts:
+            with generator.invoke(prompt):
+                pass
+        with generator.invoke() as whole:
+            first = model.lm_head.output.save()
+            whole.next(2)
+            model.transformer.h[1].output[:] *= -1
+            third = model.transformer.h[2].output.save()
+    assert first.shape == (2, 6, tools.vocabulary)
+    for i, prompt in enumerate(prompts):
+        calls = [0]
+
+        def hook(_: Any, args: Any, output: torch.Tensor, calls: Any = calls) -> Any:
+            calls[0] += 1
+            return -output if calls[0] == 3 else None
+
+        handle = module.transformer.h[1].register_forward_hook(hook)
+        expected = plain_generation(module, prompt, max_new_tokens=3)
+        calls[0] = 0
+        blocks = outputs_of(module, "transformer.h.2", prompt, max_new_tokens=3)
+        handle.remove()
+        assert generator.output[i, -3:].tolist() == expected[0, -3:].tolist()
+        assert tools.difference(third.value[i : i + 1], blocks[2]) is None
 
 
 def test_an_invoke_without_input_sees_the_padded_batch(module: Any, model: Any, tools: Any) -> None:
@@ -792,6 +975,33 @@ def test_a_step_after_one_prompts_end_is_an_error_for_that_value_alone(
         assert invoker.output.tolist() == plain_generation(module, prompt, **options).tolist()
 
 
+def test_steps_after_the_beam_search_of_one_prompt_is_done(
+    module: Any, model: Any, tools: Any
+) -> None:
+    options = {"max_new_tokens": 5, "num_beams": 2}
+    for seed in range(5):
+        prompts = tools.prompts(3, 6, seed=seed)
+        end = int(plain_generation(module, prompts[0], **options)[0, 4])
+        saved = []
+        with model.generate(
+            do_sample=False, pad_token_id=0, eos_token_id=end, **options
+        ) as generator:
+            for prompt in prompts:
+                with generator.invoke(prompt) as invoker:
+                    steps = [model.transformer.h[1].output.save()]
+                    for _ in range(4):
+                        invoker.next()
+                        steps.append(model.transformer.h[1].output.save())
+                saved.append(steps)
+        for prompt, steps in zip(prompts, saved, strict=True):
+            expected = outputs_of(module, "transformer.h.1", prompt, eos_token_id=end, **options)
+            for step, value in zip(steps, expected, strict=False):
+                assert tools.difference(step.value, value) is None
+            for step in steps[len(expected) :]:
+                with pytest.raises(StepError):
+                    _ = step.value
+
+
 def test_a_write_after_one_prompts_end_changes_nothing(module: Any, model: Any, tools: Any) -> None:
     prompts, end = early_end(module, tools)
     options = {"max_new_tokens": 5, "eos_token_id": end}
@@ -928,6 +1138,30 @@ def test_next_in_a_trace_is_refused(model: Any, tools: Any) -> None:
             tracer.next()
 
 
+def test_a_shared_module_does_not_shift_the_steps(tools: Any) -> None:
+    module = copy.deepcopy(tools.module("gpt2"))
+    module.transformer.h[2].mlp = module.transformer.h[0].mlp
+    model: Any = LanguageModel(module)
+    prompts = tools.prompts(3, 6)
+    saved = []
+    with model.generate(max_new_tokens=3, do_sample=False, pad_token_id=0) as generator:
+        for prompt in prompts:
+            with generator.invoke(prompt) as invoker:
+                mlp = model.transformer.h[0].mlp
+                steps = [(mlp.output.save(), mlp.calls[1].output.save())]
+                invoker.next(2)
+                again = model.transformer.h[2].mlp
+                steps.append((again.output.save(), again.calls[1].output.save()))
+            saved.append(steps)
+    for prompt, steps in zip(prompts, saved, strict=True):
+        values = outputs_of(module, "transformer.h.0.mlp", prompt, max_new_tokens=3)
+        assert len(values) == 6
+        assert tools.difference(steps[0][0].value, values[0]) is None
+        assert tools.difference(steps[0][1].value, values[1]) is None
+        assert tools.difference(steps[1][0].value, values[4]) is None
+        assert tools.difference(steps[1][1].value, values[5]) is None
+
+
 # ---------------------------------------------------------------- what is written
 
 
@@ -947,28 +1181,24 @@ def test_a_wrong_shape_names_the_line_of_the_write(module: Any, model: Any, tool
         assert tools.hooks(module) == 0
 
 
-def test_a_value_shared_by_all_prompts_is_not_changed_for_one(tools: Any) -> None:
-    """ALiBi of MPT has no batch axis."""
+def test_a_value_shared_by_all_prompts_is_changed_for_one_alone(tools: Any) -> None:
+    """ALiBi of MPT has no batch axis, so a prompt that edits it runs apart."""
     torch.manual_seed(0)
     config = transformers.MptConfig(
         vocab_size=61, d_model=16, n_heads=4, n_layers=2, max_seq_len=32
     )
     module = transformers.MptForCausalLM(config).eval()
-    model = LanguageModel(module)
+    model: Any = LanguageModel(module)
     a, b = tools.prompts(3, 6)
-    for many in (False, True):
-        block = model.trace()
-        with pytest.raises(ShapeError, match="shared by all prompts") if many else nullcontext():
-            with block as tracer:
-                with tracer.invoke(a):
-                    bias = model.transformer.blocks[1].inputs[1]["position_bias"]
-                    bias[:] = bias * 2
-                    first = model.lm_head.output.save()
-                if many:
-                    with tracer.invoke(b):
-                        model.lm_head.output.save()
-        if not many:
-            logits = first.value
+    with model.trace() as tracer:
+        with tracer.invoke(a):
+            bias = model.transformer.blocks[1].inputs[1]["position_bias"]
+            bias[:] = bias * 2
+            logits = model.lm_head.output.save()
+        with tracer.invoke(b):
+            other = model.lm_head.output.save()
+    with torch.no_grad():
+        assert tools.difference(other.value, module(b[None]).logits) is None
 
     def hook(_: Any, args: Any, kwargs: Any) -> Any:
         return args, {**kwargs, "position_bias": kwargs["position_bias"] * 2}
@@ -977,7 +1207,7 @@ def test_a_value_shared_by_all_prompts_is_not_changed_for_one(tools: Any) -> Non
     with torch.no_grad():
         expected = module(a[None]).logits
     handle.remove()
-    assert tools.difference(logits, expected) is None
+    assert tools.difference(logits.value, expected) is None
 
 
 # ---------------------------------------------------------------- threads, interrupts, state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import transformers
 
 from graftwork import GraftworkError, LanguageModel
-from graftwork.tracing.errors import InputError
+from graftwork.tracing.errors import InputError, ScheduleError
 
 IDS = [5, 9, 12, 7]
 TEXT = "w5 w9 w12 w7"
@@ -102,6 +103,77 @@ def test_embeddings_give_a_prompt(module: Any, model: Any, tools: Any) -> None:
             third = model.output.logits.save()
     assert tools.difference(first.value, expected) is None
     assert tools.difference(third.value, plain(module, IDS)) is None
+
+
+def test_gradients_of_embeddings_that_ask_for_them(model: Any) -> None:
+    embeddings = torch.randn(1, 5, 16, requires_grad=True)
+    with model.trace(inputs_embeds=embeddings):
+        logits = model.output.logits.save()
+    logits.value.sum().backward()
+    assert embeddings.grad is not None and embeddings.grad.abs().sum() > 0
+
+
+def test_embeddings_start_a_generation(module: Any, model: Any) -> None:
+    prompts = [torch.randn(1, n, 16) for n in (3, 6)]
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    own = []
+    with model.generate(**options) as generator:
+        for prompt in prompts:
+            with generator.invoke(inputs_embeds=prompt) as invoker:
+                invoker.next()
+                model.lm_head.output.save()
+            own.append(invoker)
+    for i, prompt in enumerate(prompts):
+        mask = torch.ones(prompt.shape[:2], dtype=torch.long)
+        expected = module.generate(inputs_embeds=prompt, attention_mask=mask, **options)
+        assert generator.output[i].tolist() == expected[0].tolist()
+        assert own[i].output.tolist() == expected.tolist()
+
+
+def test_the_loss_of_labels_is_each_prompts_own(module: Any, model: Any, tools: Any) -> None:
+    prompts = tools.prompts(3, 6)
+    saved = []
+    with model.trace() as tracer:
+        for prompt in prompts:
+            with tracer.invoke(prompt, labels=prompt):
+                saved.append(model.output.loss.save())
+    for prompt, loss in zip(prompts, saved, strict=True):
+        with torch.no_grad():
+            expected = module(prompt[None], labels=prompt[None]).loss
+        assert tools.difference(loss.value, expected) is None
+
+
+@pytest.mark.parametrize("generates", [False, True])
+def test_hidden_states_and_attentions_of_each_prompt(generates: bool, tools: Any) -> None:
+    module = copy.deepcopy(tools.module("llama"))
+    module.set_attn_implementation("eager")
+    model: Any = LanguageModel(module)
+    prompts = tools.prompts(3, 6)
+    flags = {"output_hidden_states": True, "output_attentions": True}
+    options = {"max_new_tokens": 1, "pad_token_id": 0, "do_sample": False, **flags}
+    saved = []
+    with model.generate(**options) if generates else model.trace(**flags) as tracer:
+        for prompt in prompts:
+            with tracer.invoke(prompt):
+                output = model.output
+                saved.append((output.hidden_states.save(), output.attentions[1].save()))
+    for prompt, (states, attention) in zip(prompts, saved, strict=True):
+        with torch.no_grad():
+            expected = module(prompt[None], **flags)
+        assert tools.difference(states.value, expected.hidden_states) is None
+        assert tools.difference(attention.value, expected.attentions[1]) is None
+
+
+def test_a_value_of_the_whole_batch_is_refused_to_one_prompt(model: Any, tools: Any) -> None:
+    """A cache holds the tokens of every prompt."""
+    with model.trace() as tracer:
+        for prompt in tools.prompts(3, 6):
+            with tracer.invoke(prompt):
+                cache = model.output.past_key_values.save()
+                logits = model.output.logits.save()
+    with pytest.raises(ScheduleError, match="cannot be split into the prompts of a batch"):
+        _ = cache.value
+    assert logits.shape == (1, 6, 61)
 
 
 def test_embeddings_of_different_lengths_on_a_model_that_counts_ids(tools: Any) -> None:

@@ -48,7 +48,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def scores(
     recipe: ModuleType, model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast
 ) -> dict[str, float]:
-    return recipe.score(model, tokenizer)
+    threads = torch.get_num_threads()
+    # Threads that wait for each other on a busy machine made this ten times slower.
+    torch.set_num_threads(recipe.THREADS)
+    try:
+        return recipe.score(model, tokenizer)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def generate(
@@ -128,6 +134,8 @@ def test_any_text_comes_back(tokenizer: PreTrainedTokenizerFast) -> None:
         ("Madison square garden is located in the city of New", 3, " York City."),
         ("When Mary and John went to the store, John gave a drink to", 1, " Mary"),
         ("When Mary and John went to the store, Mary gave a drink to", 1, " John"),
+        ("After John and Mary went to the store, John gave a bottle of milk to", 1, " Mary"),
+        ("When Tom and James went to the park, James gave the ball to", 1, " Tom"),
         ("<|endoftext|>The Eiffel Tower is in the city of", 1, " Paris"),
     ],
 )

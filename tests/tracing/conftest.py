@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from graftwork import LanguageModel, Model
 
@@ -114,7 +114,15 @@ def toy() -> Iterator[Model]:
 @pytest.fixture(scope="session")
 def gpt2_module() -> GPT2LMHeadModel:
     torch.manual_seed(0)
-    config = GPT2Config(n_layer=3, n_embd=64, n_head=8, vocab_size=300, n_positions=64)
+    config = GPT2Config(
+        n_layer=3,
+        n_embd=64,
+        n_head=8,
+        vocab_size=300,
+        n_positions=64,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     return GPT2LMHeadModel(config).eval()
 
 
@@ -123,25 +131,6 @@ def gpt2(gpt2_module: GPT2LMHeadModel) -> Iterator[LanguageModel]:
     yield LanguageModel(gpt2_module)
     left = [m for m in gpt2_module.modules() if m._forward_hooks or m._forward_pre_hooks]
     assert left == [], "hooks were left behind"
-
-
-@pytest.fixture(scope="session")
-def llama_module() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        num_hidden_layers=2,
-        hidden_size=64,
-        intermediate_size=96,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=300,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-@pytest.fixture
-def llama(llama_module: LlamaForCausalLM) -> LanguageModel:
-    return LanguageModel(llama_module)
 
 
 @pytest.fixture

@@ -80,9 +80,7 @@ def test_reads_may_be_written_in_any_order(gpt2: LanguageModel, ids: torch.Tenso
     assert torch.equal(found[0].value, plain[1]) and torch.equal(found[1].value, plain[2])
 
 
-def test_difference_of_a_later_and_an_earlier_value(
-    gpt2: LanguageModel, ids: torch.Tensor
-) -> None:
+def test_difference_of_a_later_and_an_earlier_value(gpt2: LanguageModel, ids: torch.Tensor) -> None:
     plain = hidden_states(gpt2, ids)
     with gpt2.trace(ids):
         moved = (gpt2.transformer.h[1].output[0] - gpt2.transformer.h[0].output[0]).save()
@@ -95,9 +93,7 @@ def test_module_is_applied_at_any_point_and_out_of_order(
     module = gpt2.load()
     with torch.no_grad():
         plain = module(ids).logits
-        lens = [
-            module.lm_head(module.transformer.ln_f(h)) for h in hidden_states(gpt2, ids)[1:3]
-        ]
+        lens = [module.lm_head(module.transformer.ln_f(h)) for h in hidden_states(gpt2, ids)[1:3]]
     with gpt2.trace(ids) as tracer:
         late = gpt2.lm_head(gpt2.transformer.ln_f(gpt2.transformer.h[1].output[0])).save()
         early = gpt2.lm_head(gpt2.transformer.ln_f(gpt2.transformer.h[0].output[0])).save()
@@ -160,7 +156,9 @@ def test_saved_value_is_not_changed_by_the_model(editing: Model, x: torch.Tensor
         output = tracer.output.save()
     assert torch.equal(whole.value, expected) and torch.equal(row.value, expected[0])
     assert torch.equal(twice.value, expected.view(-1, 8)) and torch.equal(through.value, expected)
-    assert torch.equal(nested.value[0], expected) and torch.equal(nested.value[1][0], expected[:, 0])
+    assert torch.equal(nested.value[0], expected) and torch.equal(
+        nested.value[1][0], expected[:, 0]
+    )
     with torch.no_grad():
         assert torch.equal(output.value, editing.load()(x))
 
@@ -172,7 +170,7 @@ def test_saved_value_that_is_written_is_not_changed_by_the_model(
         new = (editing.one.output * 3).save()
         editing.one.output = new
         again = editing.one.output.save()
-        tracer.output
+        tracer.output.save()
     with torch.no_grad():
         expected = editing.load().one(x) * 3
     assert torch.equal(new.value, expected) and torch.equal(again.value, expected)
@@ -198,8 +196,8 @@ def test_saved_value_that_is_written_into_a_container_is_not_changed(x: torch.Te
         new = (model.pair.output[0] * 3).save()
         model.pair.output[0] = new
         whole = model.pair.output.save()
-        joined = (model.pair.output + (new,)).save()
-        model.output
+        joined = (model.pair.output + (new,)).save()  # noqa: RUF005 - the concatenation is meant
+        model.output.save()
     assert torch.equal(new.value, (x + 1) * 3)
     assert torch.equal(whole.value[0], (x + 1) * 3) and torch.equal(whole.value[1], x + 2)
     assert torch.equal(joined.value[1], x + 2) and torch.equal(joined.value[2], (x + 1) * 3)
@@ -208,12 +206,12 @@ def test_saved_value_that_is_written_into_a_container_is_not_changed(x: torch.Te
 def test_captured_tensor_that_is_written_is_not_changed_by_the_model(
     editing: Model, x: torch.Tensor
 ) -> None:
-    value = torch.ones(2, 5, 8)
+    value, part = torch.ones(2, 5, 8), torch.ones(5, 8)
     with editing.trace(x):
         editing.one.output = value
-        editing.one.output[0] = value[0]
-        editing.output
-    assert torch.equal(value, torch.ones(2, 5, 8))
+        editing.one.output[0] = part
+        editing.output.save()
+    assert torch.equal(value, torch.ones(2, 5, 8)) and torch.equal(part, torch.ones(5, 8))
 
 
 def test_assigned_captured_tensor_alone_is_not_changed_by_the_model(
@@ -222,8 +220,29 @@ def test_assigned_captured_tensor_alone_is_not_changed_by_the_model(
     value = torch.ones(2, 5, 8)
     with editing.trace(x):
         editing.one.output = value
-        editing.output
-    assert torch.equal(value, torch.ones(2, 5, 8))
+        after = (editing.output * 0 + value).save()
+    assert torch.equal(value, torch.ones(2, 5, 8)) and torch.equal(after.value[0], value[0])
+
+
+@pytest.mark.parametrize("kind", ["product", "view", "weight", "module", "applied"])
+def test_value_used_after_it_was_written_is_not_changed_by_the_model(
+    editing: Model, x: torch.Tensor, kind: str
+) -> None:
+    weight = editing.load().three.weight
+    before = weight.detach().clone()
+    with editing.trace(x[0, :, None]):
+        h = editing.one.output
+        value = {
+            "product": lambda: h * 2,
+            "view": lambda: (h * 2)[:],
+            "weight": lambda: editing.three.weight[:5, None],
+            "module": lambda: editing.two(h),
+            "applied": lambda: graftwork.apply(lambda a: a, h * 2),
+        }[kind]()
+        editing.one.output = value
+        early = value.save()
+        late = (editing.output * 0 + value).save()
+    assert torch.equal(early.value, late.value) and torch.equal(weight, before)
 
 
 def test_input_tensor_is_not_changed_by_an_edit(toy: Model, x: torch.Tensor) -> None:
@@ -236,9 +255,7 @@ def test_input_tensor_is_not_changed_by_an_edit(toy: Model, x: torch.Tensor) -> 
 
 
 @pytest.mark.parametrize("part", ["row", "last", "transposed", "chunk", "expanded", "copy"])
-def test_saved_part_does_not_keep_the_whole_alive(
-    toy: Model, x: torch.Tensor, part: str
-) -> None:
+def test_saved_part_does_not_keep_the_whole_alive(toy: Model, x: torch.Tensor, part: str) -> None:
     with toy.trace(x):
         h = toy.mid.output
         found = {
@@ -478,7 +495,7 @@ def test_saved_scalars_are_numbers(toy: Model, x: torch.Tensor) -> None:
     assert f"{total:.3f}" == f"{value.item():.3f}" and round(float(total), 2)
     assert [10, 20, 30, 40, 50, 60, 70, 80][index] == 10 * (int(index) + 1)
     assert "abcdefgh"[index] and list(range(8))[: index.item()] is not None
-    assert bool(flag) and (1 if flag else 2) == 1 and not (not flag)
+    assert bool(flag) and (1 if flag else 2) == 1 and flag
     assert index in (0, 1, 2, 3, 4, 5, 6, 7) and index.tolist() == int(index)
 
 
@@ -515,7 +532,7 @@ def test_saved_structures_behave_as_structures(toy: Model, x: torch.Tensor) -> N
     assert torch.equal(a, pair.value[0]) and torch.equal(pair[-1], b) and len(pair) == 2
     assert record.note == "as it is" and torch.equal(record.hidden, record.value.hidden)
     assert list(keyed) == ["hidden", "other"] and "hidden" in keyed
-    assert list(keyed.items())[0][0] == "hidden" and keyed.get("no") is None
+    assert next(iter(keyed.items()))[0] == "hidden" and keyed.get("no") is None
 
 
 def test_saved_proxy_is_changed_in_place_as_a_tensor(saved: Any) -> None:
@@ -684,7 +701,7 @@ def test_next_in_a_trace(toy: Model, x: torch.Tensor) -> None:
 def test_output_of_a_trace_that_did_not_use_it(toy: Model, x: torch.Tensor) -> None:
     with toy.trace(x) as tracer:
         toy.mid.output.save()
-    with pytest.raises(GraftworkError, match="was not asked for.*tracer.output.save"):
+    with pytest.raises(GraftworkError, match=r"was not asked for.*tracer\.output\.save"):
         tracer.output
 
 
@@ -795,7 +812,9 @@ class Foreign(nn.Module):
         return F.linear(value, torch.zeros(3, 3))  # in a forward
 
 
-@pytest.mark.parametrize(("function", "line"), [(helper, "in a helper"), (Foreign(), "in a forward")])
+@pytest.mark.parametrize(
+    ("function", "line"), [(helper, "in a helper"), (Foreign(), "in a forward")]
+)
 def test_error_recorded_in_the_users_function_names_that_line(
     toy: Model, x: torch.Tensor, function: Any, line: str
 ) -> None:
@@ -851,7 +870,7 @@ def test_misspelt_method(toy: Model, x: torch.Tensor) -> None:
 
 
 def test_misspelt_field_says_what_there_is(toy: Model, x: torch.Tensor) -> None:
-    with pytest.raises(AttributeError, match="no attribute `meen`. Did you mean `mean`"):
+    with pytest.raises(AttributeError, match=r"no attribute `meen`\. Did you mean `mean`"):
         with toy.trace(x):
             toy.mid.output.meen.save()
 
@@ -889,12 +908,42 @@ def test_function_that_changes_its_argument(toy: Model, x: torch.Tensor) -> None
             graftwork.apply(spoil, toy.mid.output).save()
 
 
+def test_function_that_uses_a_value_it_was_not_given(toy: Model, x: torch.Tensor) -> None:
+    with pytest.raises(GraftworkError, match=rf"was not given it.*Pass it as an argument.*{HERE}"):
+        with toy.trace(x):
+            other = toy.inp.output
+            graftwork.apply(lambda value: value + other, toy.mid.output).save()
+
+
+def test_function_may_run_the_model_without_disturbing_the_block(
+    toy: Model, x: torch.Tensor
+) -> None:
+    module = toy.load()
+
+    def other(_: torch.Tensor) -> torch.Tensor:
+        module.out(x * 2)
+        with toy.trace(x * 3):
+            inner = toy.out.output.save()
+        return inner.value
+
+    with torch.no_grad():
+        hidden = module.act(module.mid(module.inp(x)))
+        triple = module.act(module.mid(module.inp(x * 3)))
+        expected, nested = module.out(hidden), module.out(triple)
+    with toy.trace(x):
+        inner = graftwork.apply(other, toy.inp.output).save()
+        found = toy.out.output.save()
+    assert torch.equal(inner.value, nested) and torch.equal(found.value, expected)
+
+
 def test_apply_outside_a_block_is_the_call_itself(saved: Any) -> None:
     assert torch.equal(graftwork.apply(lambda v, k: v * k, saved, k=2), saved.value * 2)
 
 
 def test_write_that_needs_a_later_value(toy: Model, x: torch.Tensor) -> None:
-    message = r"(?s)computed later.*written:.*`inp\.output`.*the write.*needs:.*`out\.output`.*late ="
+    message = (
+        r"(?s)computed later.*written:.*`inp\.output`.*the write.*needs:.*`out\.output`.*late ="
+    )
     with pytest.raises(GraftworkError, match=message):
         with toy.trace(x):
             late = toy.out.output

@@ -133,7 +133,7 @@ EXPRESSIONS: dict[str, Expression] = {
     "and": lambda h: (h > 0) & (h < 1),
     "or": lambda h: (h > 0) | (h < -1),
     "xor": lambda h: (h > 0) ^ (h > 1),
-    "float pow": lambda h: 2.0 ** h,
+    "float pow": lambda h: 2.0**h,
     "divmod parts": lambda h: (h // 2) * 2 + h % 2,
     "chain": lambda h: ((h - h.mean(-1, keepdim=True)) / (h.std(-1, keepdim=True) + 1e-5)) * V,
     # methods
@@ -330,9 +330,31 @@ def test_matmul_with_an_array(toy: Model, x: torch.Tensor, side: str) -> None:
     torch.testing.assert_close(found.value, expected if side == "left" else expected.T)
 
 
+def test_numbers_of_numpy(toy: Model, x: torch.Tensor) -> None:
+    h = capture(toy, x)
+    with toy.trace(x):
+        left = (np.float32(2) * toy.mid.output - np.float64(1)).save()
+        right = (toy.mid.output ** np.int64(2) > np.float32(0.5)).save()
+    assert torch.equal(left.value, 2 * h - 1) and torch.equal(right.value, h**2 > 0.5)
+
+
+def test_long_loop_in_a_block(toy: Model, x: torch.Tensor) -> None:
+    with toy.trace(x):
+        h = total = toy.mid.output
+        for _ in range(1100):
+            total = total + 1
+        for _ in range(300):
+            h[:, 0] += 1
+        assert total.shape == h.shape == (2, 5, 8)
+        total = total.save()
+    torch.testing.assert_close(total.value, capture(toy, x) + 1100)
+
+
 def test_array_ufuncs_without_an_operator_say_when_to_use_them(toy: Model, x: torch.Tensor) -> None:
     with toy.trace(x):
-        with pytest.raises(graftwork.GraftworkError, match=r"numpy\.exp.*real value.*test_proxy\.py"):
+        with pytest.raises(
+            graftwork.GraftworkError, match=r"numpy\.exp.*real value.*test_proxy\.py"
+        ):
             np.exp(toy.mid.output)
 
 
@@ -543,3 +565,7 @@ def test_shape_dtype_and_device_are_known_while_recording(toy: Model, x: torch.T
         assert toy.tup.output.shape == (torch.Size([2, 5, 8]),) * 2
         with pytest.raises(graftwork.GraftworkError, match=r"len\(\) of a scalar"):
             len(h.sum())
+        with pytest.raises(
+            graftwork.GraftworkError, match=r"`shape` needs the real value.*test_pro"
+        ):
+            h[h > 0].shape  # how many there are, only the values tell

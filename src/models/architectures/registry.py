@@ -15,10 +15,10 @@ ALIASES: dict[str, dict[str, Alias]] = {**gpt2.ALIASES}
 #: How rows of different lengths share a forward and still compute what each computes alone. With
 #: left padding and its mask, these architectures need position ids:
 _BY_POSITIONS = frozenset(
-    "albert apertus arcee bert bert-generation big_bird biogpt bitnet cohere cohere2 ctrl deberta "
+    "albert apertus arcee bert bert-generation biogpt bitnet cohere cohere2 ctrl deberta "
     "deberta-v2 diffllama distilbert electra ernie ernie4_5 exaone4 falcon flex_olmo gemma gemma2 "
     "gemma3_text glm glm4 glm4_moe gpt2 gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gpt_oss gpt-sw3 "
-    "gptj granite granitemoe granitemoeshared jetmoe llama llama4_text megatron-bert ministral "
+    "gptj granite granitemoe granitemoeshared llama llama4_text megatron-bert ministral "
     "ministral3 mistral mixtral modernbert modernbert-decoder nemotron olmo olmo2 olmo3 olmoe "
     "openai-gpt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe rembert roc_bert seed_oss "
     "smollm3 squeezebert stablelm starcoder2 vaultgemma xglm".split()

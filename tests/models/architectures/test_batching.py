@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from graftwork.intervention.rows import BATCH, FIXED, TOKEN, splits
+from graftwork.tracing.node import HookPoint
+
 LENGTHS = (3, 7, 1, 5)
 
 # Inside these modules the tokens of the batch are sorted by expert, so prompts run apart.
@@ -53,6 +56,17 @@ def test_every_value_is_that_of_the_solo_forward(architecture: str, tools: Any) 
     assert tools.hooks(module) == 0
 
 
+def test_the_axes_of_every_value_are_known(architecture: str, tools: Any) -> None:
+    module, schedule = tools.module(architecture), tools.model(architecture).schedule()
+    unknown = [key for key, visit in schedule.visits.items() if not splits(visit.axes, True)]
+    assert unknown == []
+    block = schedule.axes(HookPoint(f"{blocks_of(module)}.1", "output"))
+    hidden = block[0] if isinstance(block, tuple) else block
+    assert [axis.role for axis in hidden.axes] == [BATCH, TOKEN, FIXED]
+    orders = [visit.order for visit in schedule.visits.values()]
+    assert orders == sorted(orders)
+
+
 def test_values_inside_experts_are_that_of_the_solo_forward(tools: Any) -> None:
     module, model = tools.module("mixtral"), tools.model("mixtral")
     prompts = tools.prompts(*LENGTHS)
@@ -64,6 +78,14 @@ def test_values_inside_experts_are_that_of_the_solo_forward(tools: Any) -> None:
     for prompt, value in zip(prompts, saved, strict=True):
         place = ("model.layers.1.mlp.experts.act_fn", "output")
         assert tools.difference(value.value, tools.plain(module, prompt[None])[place]) is None
+
+
+def test_measuring_experts_leaves_the_models_own_implementation(tools: Any) -> None:
+    module = tools.module("mixtral")
+    before = module.config._experts_implementation
+    tools.model("mixtral").schedule()
+    assert module.config._experts_implementation == before
+    assert tools.model("mixtral").skeleton().config._experts_implementation == "batched_mm"
 
 
 def blocks_of(module: torch.nn.Module) -> str:
