@@ -26,7 +26,7 @@ NAMES = {
     "opt": ("model.decoder.layers", "fc2", "self_attn", "model.decoder.embed_tokens", "lm_head"),
 }
 SWITCHES = [field.name for field in dataclasses.fields(Settings) if field.type == "bool"]
-LENGTHS = (3, 6, 11)
+LENGTHS = (3, 9, 14)
 
 Place = tuple[str, str]
 
@@ -72,18 +72,21 @@ def programs(draw: st.DrawFn, name: str) -> tuple[list[Plan], list[tuple[int, in
     plans: list[Plan] = []
     for index in range(count):
         edits = []
+        prompt = draw(st.integers(0, prompts - 1))
         for _ in range(draw(st.integers(0, 2))):
             source = None
             place = draw(anywhere)
             if index and place != head and draw(st.booleans()):
                 other = draw(st.integers(0, index - 1))
-                source = (other, draw(hidden), draw(st.integers(0, 2)))
-            edits.append(Use(place, draw(st.integers(0, 2)), draw(st.sampled_from((0, 2, -1))), source))
+                last = LENGTHS[plans[other].prompt] - 1
+                source = (other, draw(hidden), draw(st.integers(0, last)))
+            token = draw(st.integers(0, LENGTHS[prompt] - 1))
+            edits.append(Use(place, token, draw(st.sampled_from((0, 2, -1))), source))
         saves = draw(st.lists(anywhere, max_size=2))
-        last = draw(st.sampled_from((None, 1, 3)))
-        if not saves and last is None:
-            last = 1
-        plans.append(Plan(draw(st.integers(0, prompts - 1)), edits, saves, last))
+        logits = draw(st.sampled_from((None, 1, 3)))
+        if not saves and logits is None:
+            logits = 1
+        plans.append(Plan(prompt, edits, saves, logits))
     swaps = []
     free = [i for i, one in enumerate(plans) if not any(edit.source for edit in one.edits)]
     if len(free) > 1 and draw(st.booleans()):
@@ -146,7 +149,8 @@ def in_block(
         envoy = model.get(place[0])
         if place[1] == "input":
             return envoy.input
-        tuples = place[0].endswith(("attn", "attention")) or place[0][-1].isdigit()
+        leaf = place[0].rpartition(".")[2]
+        tuples = leaf.isdigit() or leaf.endswith(("attn", "attention"))
         return envoy.output[0] if tuples else envoy.output
 
     def put(place: Place, token: int, value: Any) -> None:
@@ -195,7 +199,7 @@ def test_any_subset_of_the_passes_gives_what_plain_forwards_give(
     ids = tools.prompts(*LENGTHS)
 
     @settings(
-        max_examples=25,
+        max_examples=60,
         deadline=None,
         derandomize=True,
         suppress_health_check=list(HealthCheck),
