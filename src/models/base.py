@@ -71,6 +71,14 @@ class Model(Envoy):
         self._set_up()
 
     def _set_up(self) -> None:
+        for name in self.tree()._modules:
+            if hasattr(type(self), name):
+                logger.warning(
+                    "the submodule `%s` has the name of something that every model has here: write "
+                    '`model.get("%s")` for it',
+                    name,
+                    name,
+                )
         self._envoys: dict[str, Envoy] = {}
         self._schedules: dict[str, Schedule | ScheduleError] = {}
         # One run at a time: hooks of two runs on one module would see each other's forwards.

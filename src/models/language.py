@@ -282,8 +282,10 @@ class LanguageModel(Model):
         module = self.tree()
         if not type(module).__module__.startswith("transformers."):
             return
-        known = {*inspect.signature(module.forward).parameters, *TransformersKwargs.__annotations__}
-        known.add("return_dict")
+        # A dictionary keeps the order of the signature, in which the message lists them.
+        known = dict.fromkeys(inspect.signature(module.forward).parameters)
+        known.pop("kwargs", None)
+        known.update(dict.fromkeys((*TransformersKwargs.__annotations__, "return_dict")))
         for name in given:
             if name not in known:
                 kind = type(module).__name__

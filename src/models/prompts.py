@@ -190,7 +190,8 @@ class Reader:
                 f"{self.name} has no tokenizer, so it cannot read text. Give token ids, or pass "
                 "`LanguageModel(..., tokenizer=...)`."
             )
-        encoded = self.tokenizer(texts)
+        # What is too long, we say ourselves.
+        encoded = self.tokenizer(texts, verbose=False)
         ids = [torch.tensor(row, dtype=torch.long) for row in encoded["input_ids"]]
         for text, row in zip(texts, ids, strict=True):
             if row.numel() == 0:

@@ -366,6 +366,8 @@ class Proxy:
         saved = ", saved" if self._box is not None else ""
         return f"<proxy of {self._node.describe()}{saved}, recorded at {self._node.location}>"
 
+    # `__class__` must not say torch.Tensor, tempting as it is after the run: torch's C code asks
+    # isinstance, believes it, and reads memory that is not there.
     __hash__ = object.__hash__
 
     # ---------------------------------------------------------------- torch functions

@@ -7,9 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from graftwork import LanguageModel
-from graftwork.models.loading import meta_copy
-from graftwork.tracing.errors import InputError, LoadError, UnknownModuleError
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -20,6 +17,10 @@ from transformers import (
     OPTForCausalLM,
     PreTrainedModel,
 )
+
+from graftwork import LanguageModel
+from graftwork.models.loading import meta_copy
+from graftwork.tracing.errors import InputError, LoadError, UnknownModuleError
 
 IDS = [3, 4, 5, 6, 7]
 
