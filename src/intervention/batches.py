@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Hashable, Iterable, Sequence
-from graphlib import TopologicalSorter
 
 from ..tracing.errors import OrderError
-from ..tracing.graph import Graph
+from ..tracing.graph import Graph, arguments
 from ..tracing.node import CALL, READ, WRITE, HookPoint, Node
-from ..tracing.operations import FIELD, GETITEM
+from ..tracing.operations import ELEMENT, FIELD, GETITEM, PUT
 from .causal import cuts
 from .order import Edge, levels, position, units
 from .plan import Facts, Pass, Settings
@@ -23,7 +22,7 @@ from .rows import splits, tensors_in
 from .schedule import Schedule
 
 #: Into how many parts of a prompt the positions are sorted where variants start in its middle.
-CUTS = 4
+CUTS = 8
 #: Most padding in a batch, as a share of its tokens.
 PADDING = 0.25
 
@@ -84,20 +83,57 @@ def _takes_opaque_field(node: Node, users: list[list[Node] | None], schedule: Sc
     )
 
 
+def _hidden_states_alone(
+    write: Node, graph: Graph, users: list[list[Node] | None], saved: frozenset[int]
+) -> bool:
+    """True if a write at what a block returns, and all reads there, see the hidden states alone:
+    part 0 of it."""
+    place = (write.invoke, write.target)
+    stack = [n for n in graph.nodes if n.kind == READ and (n.invoke, n.target) == place]
+    seen = {node.index for node in stack}
+    while stack:
+        node = stack.pop()
+        if node.index in saved:
+            return False
+        for user in users[node.index] or ():
+            if user.kind == WRITE:
+                continue
+            whole = user.kind == CALL and user.args[0] is node
+            if whole and user.target in (ELEMENT, GETITEM) and user.args[1:] == (0,):
+                continue
+            if not whole or user.target is not PUT or user.args[2:4] not in _FIRST_PART:
+                return False
+            if user.index not in seen:
+                seen.add(user.index)
+                stack.append(user)
+    return all(node.index in seen for node in arguments(write))
+
+
+_FIRST_PART = ((ELEMENT, (0,)), (GETITEM, (0,)))
+
+
 def first_written_blocks(
-    graph: Graph, live: bytearray, schedule: Schedule, invokes: Iterable[int]
+    graph: Graph,
+    live: bytearray,
+    users: list[list[Node] | None],
+    schedule: Schedule,
+    invokes: Iterable[int],
 ) -> dict[int, int]:
     """How many blocks of the chain lie before the first write of each invoke; all without a write."""
     visits = [schedule.visits[path, "output", 0] for path in schedule.chain]
-    # A write at a block's own output leaves the block itself as it is; but of what a block returns
-    # the hidden states alone are kept.
-    ends = [visit.order + (tensors_in(visit.axes) > 1) for visit in visits]
+    ends = [visit.order for visit in visits]
+    several = {visit.order for visit in visits if tensors_in(visit.axes) > 1}
+    saved = graph.saved()
     found = dict.fromkeys(invokes, len(ends))
     for (invoke, hook_point), node in graph.writes.items():
         if invoke not in found or not live[node.index] or hook_point.port == "result":
             continue
         at = position(hook_point, schedule)
+        # A write at a block's own output leaves the block itself as it is.
         before = 0 if at is None else sum(end <= at[1] for end in ends)
+        if at is not None and at[1] in several:
+            # Of what a block returns, the hidden states alone are kept.
+            before -= not _hidden_states_alone(node, graph, users, saved)
         found[invoke] = min(found[invoke], before)
     return found
 
@@ -105,6 +141,7 @@ def first_written_blocks(
 def reuse(
     graph: Graph,
     live: bytearray,
+    users: list[list[Node] | None],
     schedule: Schedule,
     invokes: Sequence[int],
     group: dict[int, frozenset[int]],
@@ -121,7 +158,7 @@ def reuse(
         if identity is not None and len(group[invoke]) == 1 and invoke not in alone:
             classes.setdefault(identity, []).append(invoke)
     written = {invoke for (invoke, _), node in graph.writes.items() if live[node.index]}
-    starts = first_written_blocks(graph, live, schedule, invokes)
+    starts = first_written_blocks(graph, live, users, schedule, invokes)
     for members in classes.values():
         plain = [invoke for invoke in members if invoke not in written]
         variants = [invoke for invoke in members if invoke in written and starts[invoke]]
@@ -204,7 +241,7 @@ def arrange(
     plan = Reuse()
     cut: dict[int, int] = {}
     if settings.prefix_reuse and schedule is not None and not together and not facts.generates:
-        plan = reuse(graph, live, schedule, prompted, group, facts, alone)
+        plan = reuse(graph, live, users, schedule, prompted, group, facts, alone)
         if settings.causal and plan.start and facts.may_be_causal():
             # After the last block there is nothing to save, and in short prompts little.
             widths = {i: facts.extent(i)[1] for i in plan.start}
@@ -218,7 +255,10 @@ def arrange(
     if settings.micro_batches and schedule is not None and not together:
         limit = settings.tokens or facts.budget(all_logits)
 
-    def form(level: dict[int, int]) -> list[tuple[int, int, list[int]]]:
+    def start_of(invoke: int) -> int:
+        return plan.start.get(invoke, 0)
+
+    def form(level: dict[int, int]) -> list[tuple[int, list[int]]]:
         kinds: dict[tuple[int, Hashable], dict[frozenset[int], list[int]]] = {}
         for invoke in rest:
             unit = group[invoke]
@@ -227,32 +267,34 @@ def arrange(
                 bucket = cut.get(invoke, 0) * CUTS // width
                 # Rows that start from a cut have no room for padding.
                 causal = (bucket, width) if bucket else None
-                kind: Hashable = (facts.batch_class(invoke), plan.start.get(invoke, 0), causal)
+                kind: Hashable = (facts.batch_class(invoke), causal)
             else:
                 kind = ("alone", min(unit))
             kinds.setdefault((level[invoke], kind), {}).setdefault(unit, []).append(invoke)
-        formed = []
+        formed: list[tuple[int, list[int]]] = []
         for (wave, _), members in kinds.items():
             for unit, invokes in members.items():
                 if len(invokes) < len(unit):
                     edge = next(e for e in uses if e.first in unit and e.second in unit)
                     raise OrderError.cycle(edge.write.location, edge.read.location)
-            for batch in pack(members.items(), facts, limit):
-                formed.append((wave, plan.start.get(batch[0], 0), batch))
+            ordered = sorted(members.items(), key=lambda item: start_of(item[1][0]))
+            formed.extend((wave, batch) for batch in pack(ordered, facts, limit))
         return sorted(formed, key=lambda item: item[0])
 
     wave_of = levels({i: group[i] for i in rest}, needed, lambda edge: edge.later)
     formed = form(wave_of)
-    batch_of = {invoke: number for number, (_, _, b) in enumerate(formed) for invoke in b}
+    batch_of = {invoke: number for number, (_, b) in enumerate(formed) for invoke in b}
     if any(batch_of.get(e.first) != batch_of.get(e.second) for e in needed if not e.later):
         # Their prompts do not fit one batch: the value then comes from an earlier one.
         formed = form(levels({i: group[i] for i in rest}, needed, lambda edge: True))
     passes = [_base(batch, plan) for batch in _base_batches(plan, facts, limit)]
-    for _, start, batch in formed:
-        batch, seams = in_order(batch, group, needed)
+    for _, batch in formed:
+        batch.sort(key=start_of)
         first = min(cut.get(invoke, 0) for invoke in batch)
         alike = len({facts.extent(invoke)[1] for invoke in batch}) == 1
-        passes.append(Pass(batch, start=start, cut=first if alike else 0, seams=seams))
+        starts = {invoke: plan.start[invoke] for invoke in batch if invoke in plan.start}
+        seams = seams_of(batch, group, needed)
+        passes.append(Pass(batch, starts=starts, cut=first if alike else 0, seams=seams))
     if any(one.cut for one in passes):
         # Their keys and values are wanted of all blocks.
         for one in passes:
@@ -262,27 +304,26 @@ def arrange(
     return passes
 
 
-def in_order(
+def seams_of(
     batch: list[int], group: dict[int, frozenset[int]], uses: Iterable[Edge]
-) -> tuple[list[int], list[int] | None]:
-    """A batch with those before that others use, and before which of them it may be halved.
+) -> list[int] | None:
+    """Before which of its invokes a batch may be halved: where none uses a value of a later one.
 
-    The second is None where nothing in the batch uses another's value.
+    None where nothing in the batch uses another's value.
     """
-    members = set(batch)
-    inside = [edge for edge in uses if edge.first in members and edge.second in members]
+    place = {invoke: number for number, invoke in enumerate(batch)}
+    inside = [edge for edge in uses if edge.first in place and edge.second in place]
     if not inside:
-        return batch, None
-    before: dict[frozenset[int], set[frozenset[int]]] = {group[i]: set() for i in batch}
+        return None
+    closed: set[int] = set()
     for edge in inside:
-        if group[edge.first] != group[edge.second]:
-            before[group[edge.second]].add(group[edge.first])
-    ordered: list[int] = []
-    seams = []
-    for unit in TopologicalSorter(before).static_order():
-        seams.append(len(ordered))
-        ordered.extend(invoke for invoke in batch if invoke in unit)
-    return ordered, seams[1:]
+        first, second = place[edge.first], place[edge.second]
+        if first > second:
+            closed.update(range(second + 1, first + 1))
+    for unit in {group[invoke] for invoke in batch}:
+        places = sorted(place[invoke] for invoke in unit)
+        closed.update(range(places[0] + 1, places[-1] + 1))
+    return [seam for seam in range(1, len(batch)) if seam not in closed]
 
 
 def answered(graph: Graph, schedule: Schedule, read: Node, start: int) -> bool:

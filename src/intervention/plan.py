@@ -91,7 +91,8 @@ class Pass:
         invokes: the invokes that have rows in its batch, in this order.
         shared: invokes that have the same input as one in the batch, and which.
         base: it computes what several invokes share, see batches.py.
-        start: blocks of the chain that are skipped: the first one that runs.
+        starts: for each invoke that skips blocks of the chain, how many. The invokes of a pass stand
+            in the order of their starts.
         cut: first tokens that are not computed, because they are those of the base pass.
         caches: the keys and values of its tokens are kept for passes with a cut.
         keep: blocks whose outputs later passes start from.
@@ -103,7 +104,7 @@ class Pass:
     invokes: list[int]
     shared: dict[int, int] = dataclasses.field(default_factory=dict)
     base: bool = False
-    start: int = 0
+    starts: dict[int, int] = dataclasses.field(default_factory=dict)
     cut: int = 0
     caches: bool = False
     keep: set[int] = dataclasses.field(default_factory=set)
@@ -125,7 +126,10 @@ class Pass:
         shared = {i: stands for i, stands in self.shared.items() if stands in invokes}
         members = {*invokes, *shared}
         seams = self.seams and [seam - first for seam in self.seams if first < seam < stop]
-        part = dataclasses.replace(self, invokes=invokes, shared=shared, seams=seams, arrivals={})
+        starts = {i: start for i, start in self.starts.items() if i in members}
+        part = dataclasses.replace(
+            self, invokes=invokes, shared=shared, starts=starts, seams=seams, arrivals={}
+        )
         for hook_point, arrival in self.arrivals.items():
             reads = [node for node in arrival.reads if node.invoke in members]
             writes = [node for node in arrival.writes if node.invoke in members]

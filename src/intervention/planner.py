@@ -107,9 +107,15 @@ def place_arrivals(graph: Graph, plan: Plan, schedule: Schedule | None) -> None:
             continue
         invoke, target = node.invoke, node.target
         one = home.get(invoke) or base.get(invoke) or plan.passes[0]
-        if one.start and invoke in base and schedule is not None:
-            if node.kind == READ and answered(graph, schedule, node, one.start):
-                one = base[invoke]
+        start = one.starts.get(invoke, 0)
+        if (
+            start
+            and invoke in base
+            and schedule is not None
+            and node.kind == READ
+            and answered(graph, schedule, node, start)
+        ):
+            one = base[invoke]
         arrival = one.arrivals.get(target)
         if arrival is None:
             arrival = one.arrivals[target] = Arrival(target, [], [])

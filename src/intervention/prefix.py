@@ -1,8 +1,10 @@
 """Owns the outputs of blocks that a base pass keeps, and forwards that start from them.
 
-A skipped block's `forward` is replaced on its instance while the pass runs, and put back after it:
-all but the last skipped one hand their input on, the last one gives the kept output. Its hooks run as
-always, so a write at its output finds what it would find in a whole forward.
+Variants of different starts share one forward, whose batch grows: the rows of a variant join it
+after the last block that they skip, with the kept output of that block. While the pass runs, the
+`forward` of the blocks before the last start is replaced on the instance: it computes the rows that
+have joined and appends those that join next. The blocks' hooks run as always, so a write at the output
+of the last skipped block finds what it would find in a whole forward.
 """
 
 from __future__ import annotations
@@ -13,10 +15,11 @@ from typing import Any
 
 import torch
 
+from ..tracing.errors import BlockError
 from ..tracing.node import HookPoint
-from ..tracing.structure import children, leaves
+from ..tracing.structure import ATOMS, children, leaves, map_leaves, rebuild
 from .plan import Pass, Plan
-from .rows import Place, TensorAxes, map_axes, narrow, region
+from .rows import BATCH, Place, TensorAxes, map_axes, matching, narrow
 from .run import Front, Run
 from .schedule import Schedule
 
@@ -27,6 +30,7 @@ class Prefix:
     Attributes:
         _kept: by invoke that stands for an input, and block: [row, token, d_model].
         _left: how many invokes will still start from each.
+        _stands: for each invoke whose input a base pass runs, the one that stands for it there.
     """
 
     def __init__(self, plan: Plan, schedule: Schedule) -> None:
@@ -35,12 +39,11 @@ class Prefix:
         self._kept: dict[tuple[int, int], torch.Tensor] = {}
         self._stands = {invoke: invoke for one in plan.passes if one.base for invoke in one.invokes}
         self._stands.update(pair for one in plan.passes for pair in one.shared.items())
-        self.rows_of: dict[int, int] = {}
         self._caches: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self._left: dict[tuple[int, int], int] = {}
         for one in plan.passes:
-            for invoke in one.invokes if one.start else ():
-                key = (self._stands[invoke], one.start - 1)
+            for invoke, start in one.starts.items():
+                key = (self._stands[invoke], start - 1)
                 self._left[key] = self._left.get(key, 0) + 1
 
     def path(self, block: int) -> str:
@@ -65,22 +68,35 @@ class Prefix:
                 own = narrow(hidden, self._axes(block), places[invoke], rows, 1)
             self._kept[invoke, block] = own.clone()
 
-    def _gather(self, one: Pass, places: dict[int, Place] | None, rows: int) -> torch.Tensor:
-        """The batch's hidden states at the start of a pass; zeros where there is padding."""
-        block = one.start - 1
-        parts = [self._kept[self._stands[invoke], block] for invoke in one.invokes]
-        if places is None:
-            # The model may change it in place, and others may start from it later.
-            last = self._left[self._stands[one.invokes[0]], block] == 1
-            return parts[0] if last else parts[0].clone()
-        width = max(part.shape[1] for part in parts)
-        first = parts[0]
-        if all(part.shape[1] == width for part in parts):
-            return torch.cat(parts)
-        hidden = first.new_zeros((rows, width, *first.shape[2:]))
-        for invoke, part in zip(one.invokes, parts, strict=True):
-            region(hidden, self._axes(block), places[invoke], rows, 1).copy_(part)
-        return hidden
+    def _joining(self, one: Pass, invokes: list[int], run: Run) -> torch.Tensor:
+        """Hidden states of the rows that join after a block; zeros where there is padding."""
+        width = max(width for _, width in run.extents.values())
+        parts = []
+        for invoke in invokes:
+            part = self._kept[self._stands[invoke], one.starts[invoke] - 1]
+            if part.shape[1] < width:
+                front = part.new_zeros((part.shape[0], width - part.shape[1], *part.shape[2:]))
+                part = torch.cat((front, part), dim=1)
+            parts.append(part[:, one.cut :])
+        # Always a copy: the model may write there, and others may start from it later.
+        return torch.cat(parts) if len(parts) > 1 else parts[0].clone()
+
+    def _front(self, one: Pass, block: int, run: Run) -> torch.Tensor:
+        """The first tokens of the rows that have joined after a block, as far as they are kept."""
+        parts = []
+        for invoke in one.invokes:
+            if one.starts.get(invoke, 0) > block + 1:
+                break
+            kept = self._kept.get((self._stands.get(invoke, -1), block))
+            parts.append((run.extents[invoke][0], kept))
+        like = next(kept for _, kept in parts if kept is not None)
+        shape = (one.cut, *like.shape[2:])
+        return torch.cat(
+            [
+                like.new_full((rows, *shape), float("nan")) if kept is None else kept[:, : one.cut]
+                for rows, kept in parts
+            ]
+        )
 
     @contextmanager
     def skipping(
@@ -90,25 +106,22 @@ class Prefix:
         run: Run,
         at_path: Callable[[torch.nn.Module, str], torch.nn.Module],
     ) -> Iterator[None]:
-        """Skip the first blocks of the chain while the context is open."""
-        if not one.start:
-            yield
-            return
-        hidden = self._gather(one, run.places, run.rows)
+        """Let the rows of a pass join where they start, while the context is open."""
+        last = max(one.starts.values(), default=0)
         if one.cut:
-            width = hidden.shape[1]
-            point = HookPoint(self._chain[one.start - 1], "output")
-            run.front = Front(point, hidden[:, : one.cut], one.cut, width)
-            hidden = hidden[:, one.cut :]
+            width = max(width for _, width in run.extents.values())
+            run.front = Front(one.cut, width)
         replaced: list[tuple[torch.nn.Module, Any]] = []
         try:
-            for block in range(one.start):
+            for block in range(last):
+                joining = [i for i in one.invokes if one.starts.get(i, 0) == block + 1]
+                if joining and run.front is not None:
+                    point = HookPoint(self._chain[block], "output")
+                    run.front.hidden[point] = self._front(one, block, run)
                 module = at_path(root, self._chain[block])
-                shape = self._schedule.axes(HookPoint(self._chain[block], "output"))
-                given = hidden if block == one.start - 1 else None
                 # accelerate keeps a forward of its own on the instance.
                 replaced.append((module, module.__dict__.get("forward")))
-                module.forward = _forward(shape, given)
+                module.forward = self._forward(one, run, block, joining, module.forward)
             yield
         finally:
             for module, before in replaced:
@@ -117,13 +130,41 @@ class Prefix:
                 else:
                     module.forward = before
 
+    def _forward(
+        self, one: Pass, run: Run, block: int, joining: list[int], original: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        """The forward of a block before the last start of a pass."""
+        path = self._chain[block]
+        taken = self._schedule.visits[path, "inputs", 0].axes
+        given = self._schedule.visits[path, "output", 0].axes
+        rows = {i: count for i, (count, _) in run.extents.items()}
+        now = sum(rows[i] for i in one.invokes if one.starts.get(i, 0) <= block)
+        then = now + sum(rows[i] for i in joining)
+        every = run.rows
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if not now:
+                if not joining:
+                    return _as_output(given, _first_tensor((args, kwargs)))
+                run.batch_has(then)
+                return _as_output(given, self._joining(one, joining, run))
+            args, kwargs = _first_rows((args, kwargs), taken, now, every)
+            run.batch_has(now)
+            output = original(*args, **kwargs)
+            if joining:
+                hidden = torch.cat((_first_tensor(output), self._joining(one, joining, run)))
+                output = _with_first_tensor(output, hidden)
+            run.batch_has(then)
+            return output
+
+        return forward
+
     def keep_cache(
-        self, one: Pass, cache: list[tuple[torch.Tensor, torch.Tensor]], widths: dict[int, int]
+        self, one: Pass, cache: list[tuple[torch.Tensor, torch.Tensor]], run: Run
     ) -> None:
         """Keep the keys and values of a base pass, [row, head, token, d_head] for each layer."""
         start = 0
-        for invoke in one.invokes:
-            count, width = self.rows_of[invoke], widths[invoke]
+        for invoke, (count, width) in run.extents.items():
             self._caches[invoke] = [
                 (k[start : start + count, :, -width:], v[start : start + count, :, -width:])
                 for k, v in cache
@@ -131,19 +172,20 @@ class Prefix:
             start += count
 
     def cache(self, one: Pass) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Keys and values of the first tokens of a pass with a cut, for each layer."""
-        own = [self._caches[self._stands[invoke]] for invoke in one.invokes]
+        """Keys and values of the first tokens of a pass with a cut, for each layer: of the rows that
+        have joined when the layer runs. A layer that none runs tells the number of tokens alone."""
         layers = []
-        for layer in range(len(own[0])):
-            keys = torch.cat([rows[layer][0][:, :, : one.cut] for rows in own])
-            values = torch.cat([rows[layer][1][:, :, : one.cut] for rows in own])
-            layers.append((keys, values))
+        for layer in range(len(next(iter(self._caches.values())))):
+            joined = [i for i in one.invokes if one.starts.get(i, 0) <= layer] or one.invokes
+            own = [self._caches[self._stands[invoke]][layer] for invoke in joined]
+            keys = torch.cat([keys[:, :, : one.cut] for keys, _ in own])
+            layers.append((keys, torch.cat([values[:, :, : one.cut] for _, values in own])))
         return layers
 
     def release(self, one: Pass) -> None:
         """Free what no later pass starts from."""
-        for invoke in one.invokes if one.start else ():
-            key = (self._stands[invoke], one.start - 1)
+        for invoke, start in one.starts.items():
+            key = (self._stands[invoke], start - 1)
             self._left[key] -= 1
             if not self._left[key]:
                 del self._kept[key]
@@ -157,14 +199,40 @@ def _tensors(axes: Any) -> Iterator[TensorAxes]:
             yield from _tensors(part)
 
 
-def _forward(shape: Any, given: torch.Tensor | None) -> Callable[..., Any]:
-    """A forward that gives its first tensor on, or `given`, in the structure that the block returns."""
+def _first_tensor(value: Any) -> torch.Tensor:
+    return next(leaf for leaf in leaves(value) if isinstance(leaf, torch.Tensor))
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        hidden = given
-        if hidden is None:
-            hidden = next(leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
-        rest = [hidden]
-        return map_axes(lambda _: rest.pop() if rest else None, shape)
 
-    return forward
+def _with_first_tensor(value: Any, tensor: torch.Tensor) -> Any:
+    first = _first_tensor(value)
+    return map_leaves(lambda leaf: tensor if leaf is first else leaf, value)
+
+
+def _as_output(axes: Any, hidden: torch.Tensor) -> Any:
+    """Hidden states in the structure that a block returns, with nothing else in it."""
+    first = next(_tensors(axes))
+    return map_axes(lambda axes: hidden if axes is first else None, axes)
+
+
+def _first_rows(value: Any, axes: Any, rows: int, every: int) -> Any:
+    """The part of a block's arguments that belongs to the first rows of the batch.
+
+    Raises:
+        BlockError: an argument was not seen when the model was measured, so its rows are not known.
+    """
+    if isinstance(value, torch.Tensor):
+        if not isinstance(axes, TensorAxes) or len(axes.axes) != value.ndim:
+            if every > 1 and every in value.shape:
+                raise BlockError.unknown_rows(list(value.shape))
+            return value
+        for dimension, axis in enumerate(axes.axes):
+            if axis.role == BATCH and value.shape[dimension] == axis.factor * every:
+                value = value.narrow(dimension, 0, axis.factor * rows)
+        return value
+    parts = children(value)
+    if type(value) in ATOMS or parts is None:
+        return value
+    known = matching(value, axes)
+    return rebuild(
+        value, [_first_rows(p, a, rows, every) for p, a in zip(parts, known, strict=True)]
+    )

@@ -53,15 +53,13 @@ class Front:
     """The first tokens of a pass with a cut, which it does not compute.
 
     Attributes:
-        point: where their hidden states are known: the output of the last skipped block.
-        hidden: they, [row, cut, d_model].
         cut, width: how many they are, of how many.
+        hidden: where their hidden states are known, they: [row, cut, d_model].
     """
 
-    point: HookPoint
-    hidden: torch.Tensor
     cut: int
     width: int
+    hidden: dict[HookPoint, torch.Tensor] = dataclasses.field(default_factory=dict)
 
 
 class Run:
@@ -182,6 +180,15 @@ class Run:
         self.places = places
         self._rows = start * self._each
 
+    @property
+    def extents(self) -> dict[int, tuple[int, int]]:
+        """Rows and tokens of each invoke in the batch of this pass, in its order."""
+        return self._extents
+
+    def batch_has(self, rows: int) -> None:
+        """The values that arrive now have the first `rows` rows of the batch."""
+        self._rows = rows
+
     def checkpoint(self) -> tuple[Any, ...]:
         """The state between two passes, for `restore`."""
         return (
@@ -290,7 +297,7 @@ class Run:
         """An arrival without its first tokens: complete while the graph sees it."""
         point = arrival.hook_point
         axes = self._axes(point)
-        known = front.hidden if point == front.point else None
+        known = front.hidden.get(point)
         whole = complete(value, axes, known, front.cut, front.width)
         changed = self._take_parts(arrival, whole)
         return None if changed is None else trim(changed, axes, front.cut, front.width)

@@ -157,8 +157,7 @@ class Execution:
         except Stop:
             result = None
         if prefix is not None and one.caches:
-            prefix.rows_of.update({i: len(p.lengths) for i, p in prompts.items()})
-            prefix.keep_cache(
+            prefix.keep_cache(one, entry.read_cache(cache), run)
                 one, entry.read_cache(cache), {i: p.width for i, p in prompts.items()}
             )
         if result is None:

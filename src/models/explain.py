@@ -65,7 +65,7 @@ def explain(model: Described, tracer: Tracer) -> Explanation:
                 str(number),
                 f"{len(one.invokes)}"
                 + (f" for {len(one.invokes) + len(one.shared)}" if one.base else ""),
-                f"{count} × {width}" if width else f"{count}",
+                _extent(count, width, one.cut),
                 f"{share:.0%}",
                 costs.blocks(one, stop),
                 {0: "all"}.get(one.positions, f"last {one.positions}")
@@ -90,6 +90,12 @@ def explain(model: Described, tracer: Tracer) -> Explanation:
         f"{len(tracer.graph.saved_in_order())} values are saved, {_saved_bytes(model, tracer)}.",
     ]
     return Explanation("\n".join(lines))
+
+
+def _extent(rows: int, width: int, cut: int) -> str:
+    if not width:
+        return str(rows)
+    return f"{rows} × {width}" if not cut else f"{rows} × {width - cut} (from {cut})"
 
 
 class _Costs:
@@ -131,13 +137,20 @@ class _Costs:
         return name, order
 
     def of(self, one: Pass, rows: int, tokens: int, stop: tuple[str, int] | None) -> int:
-        skipped = tuple(f"{path}." for path in self._chain[: one.start])
+        # How many of the rows have joined when a block runs.
+        joined = {
+            f"{path}.": rows
+            * sum(one.starts.get(i, 0) <= k for i in one.invokes)
+            // len(one.invokes)
+            for k, path in enumerate(self._chain[: max(one.starts.values(), default=0)])
+        }
         work = 0
         for order, path, size in self._weights:
-            if (stop is not None and order > stop[1]) or (skipped and path.startswith(skipped)):
+            if stop is not None and order > stop[1]:
                 continue
-            positions = one.positions if path == self._head and one.positions else tokens
-            work += 2 * size * rows * positions
+            here = next((count for block, count in joined.items() if path.startswith(block)), rows)
+            positions = one.positions if path == self._head and one.positions else tokens - one.cut
+            work += 2 * size * here * positions
         return work
 
     def blocks(self, one: Pass, stop: tuple[str, int] | None) -> str:
@@ -145,9 +158,12 @@ class _Costs:
             return "all"
         starts = [self._schedule.visits[path, "inputs", 0].order for path in self._chain]
         end = len(starts) if stop is None else sum(order <= stop[1] for order in starts)
-        if end <= one.start:
+        first = min((one.starts.get(i, 0) for i in one.invokes), default=0)
+        if end <= first:
             return f"none of {len(starts)}"
-        return f"{one.start}–{end - 1} of {len(starts)}"
+        last = max(one.starts.values(), default=0)
+        joins = f", rows join up to {last}" if last > first else ""
+        return f"{first}–{end - 1} of {len(starts)}{joins}"
 
     def has_head(self, stop: tuple[str, int] | None) -> bool:
         if self._head is None or stop is None:

@@ -115,6 +115,13 @@ class BlockError(GraftworkError):
         )
 
     @classmethod
+    def unknown_rows(cls, shape: Sequence[int]) -> BlockError:
+        return cls(
+            f"A block of the model takes a tensor {list(shape)} that was not seen when the model was "
+            'measured, so variants cannot start in the middle: use `plan={"prefix_reuse": False}`.'
+        )
+
+    @classmethod
     def empty(cls) -> BlockError:
         return cls(
             "The block has no prompt: give one to `model.trace(prompt)` or `model.generate(prompt)`, "

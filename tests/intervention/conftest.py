@@ -85,12 +85,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def fresh(name: str) -> Any:
+def fresh(name: str, **how: Any) -> Any:
     """A new tiny model in evaluation mode."""
     kind, options = MODELS[name]
     config = transformers.CONFIG_MAPPING[kind](vocab_size=VOCABULARY, **options)
     torch.manual_seed(0)
-    module = transformers.AutoModelForCausalLM.from_config(config).eval()
+    module = transformers.AutoModelForCausalLM.from_config(config, **how).eval()
     with torch.no_grad():
         # The usual start values are so small that a wrong position or mask would hardly show.
         for parameter in module.parameters():
