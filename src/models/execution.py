@@ -158,8 +158,6 @@ class Execution:
             result = None
         if prefix is not None and one.caches:
             prefix.keep_cache(one, entry.read_cache(cache), run)
-                one, entry.read_cache(cache), {i: p.width for i, p in prompts.items()}
-            )
         if result is None:
             return None
         if run.wants_result:
