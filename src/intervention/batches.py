@@ -14,7 +14,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from ..tracing.errors import OrderError
 from ..tracing.graph import Graph, arguments
 from ..tracing.node import CALL, READ, WRITE, HookPoint, Node
-from ..tracing.operations import ELEMENT, FIELD, GETITEM, PUT
+from ..tracing.operations import ELEMENT, FIELD, FIRST_ARGUMENT, GETITEM, PUT
 from .causal import cuts
 from .order import Edge, levels, position, units
 from .plan import Facts, Pass, Settings
@@ -25,6 +25,8 @@ from .schedule import Schedule
 CUTS = 8
 #: Most padding in a batch, as a share of its tokens.
 PADDING = 0.25
+#: Tokens below which a forward costs about what reading its weights costs, so that padding is free.
+FEW = 256
 
 
 @dataclasses.dataclass(slots=True)
@@ -83,47 +85,77 @@ def _takes_opaque_field(node: Node, users: list[list[Node] | None], schedule: Sc
     )
 
 
-def _hidden_states_alone(
-    write: Node, graph: Graph, users: list[list[Node] | None], saved: frozenset[int]
-) -> bool:
-    """True if a write at what a block returns, and all reads there, see the hidden states alone:
-    part 0 of it."""
-    place = (write.invoke, write.target)
-    stack = [n for n in graph.nodes if n.kind == READ and (n.invoke, n.target) == place]
-    seen = {node.index for node in stack}
+def _wholes(
+    read: Node, users: list[list[Node] | None], saved: frozenset[int]
+) -> frozenset[int] | None:
+    """What a block took or returned, as read and with other hidden states put in; None if anything
+    looks at more of it than the hidden states."""
+    taken = read.target.port == "inputs"
+    seen = {read.index}
+    stack = [read]
     while stack:
         node = stack.pop()
         if node.index in saved:
-            return False
+            return None
         for user in users[node.index] or ():
             if user.kind == WRITE:
                 continue
-            whole = user.kind == CALL and user.args[0] is node
-            if whole and user.target in (ELEMENT, GETITEM) and user.args[1:] == (0,):
+            if user.kind != CALL or user.args[0] is not node:
+                return None
+            view = user.target if user.target is not PUT else user.args[2]
+            key = user.args[1:] if user.target is not PUT else tuple(user.args[3])
+            if not (view is FIRST_ARGUMENT if taken else view in (ELEMENT, GETITEM) and key == (0,)):
+                return None
+            if user.target is not PUT:
                 continue
-            if not whole or user.target is not PUT or user.args[2:4] not in _FIRST_PART:
-                return False
             if user.index not in seen:
                 seen.add(user.index)
                 stack.append(user)
-    return all(node.index in seen for node in arguments(write))
+    return frozenset(seen)
 
 
-_FIRST_PART = ((ELEMENT, (0,)), (GETITEM, (0,)))
+def beyond_hidden_states(
+    graph: Graph, live: bytearray, users: list[list[Node] | None], schedule: Schedule
+) -> tuple[set[tuple[int, HookPoint]], set[int]]:
+    """Who uses more of what a block of the chain takes or returns than the hidden states.
+
+    Returns:
+        The places of each invoke where that is so and that it writes, and the invokes that look at
+        such a part.
+    """
+    points = {
+        HookPoint(path, port)
+        for path in schedule.chain
+        for port in ("inputs", "output")
+        if tensors_in(schedule.visits[path, port, 0].axes) > 1
+    }
+    saved = graph.saved()
+    wholes: dict[tuple[int, HookPoint], frozenset[int] | None] = {}
+    looking = set()
+    for node in graph.nodes:
+        if node.kind == READ and live[node.index] and node.target in points:
+            found = wholes[node.invoke, node.target] = _wholes(node, users, saved)
+            if found is None:
+                looking.add(node.invoke)
+    written = set()
+    for place, node in graph.writes.items():
+        if live[node.index] and place[1] in points and place[1].port == "output":
+            known = wholes.get(place) or frozenset()
+            if any(argument.index not in known for argument in arguments(node)):
+                written.add(place)
+    return written, looking
 
 
 def first_written_blocks(
     graph: Graph,
     live: bytearray,
-    users: list[list[Node] | None],
     schedule: Schedule,
     invokes: Iterable[int],
+    more: set[tuple[int, HookPoint]],
 ) -> dict[int, int]:
     """How many blocks of the chain lie before the first write of each invoke; all without a write."""
     visits = [schedule.visits[path, "output", 0] for path in schedule.chain]
     ends = [visit.order for visit in visits]
-    several = {visit.order for visit in visits if tensors_in(visit.axes) > 1}
-    saved = graph.saved()
     found = dict.fromkeys(invokes, len(ends))
     for (invoke, hook_point), node in graph.writes.items():
         if invoke not in found or not live[node.index] or hook_point.port == "result":
@@ -131,9 +163,8 @@ def first_written_blocks(
         at = position(hook_point, schedule)
         # A write at a block's own output leaves the block itself as it is.
         before = 0 if at is None else sum(end <= at[1] for end in ends)
-        if at is not None and at[1] in several:
-            # Of what a block returns, the hidden states alone are kept.
-            before -= not _hidden_states_alone(node, graph, users, saved)
+        # Of what a block returns, the hidden states alone are kept.
+        before -= (invoke, hook_point) in more
         found[invoke] = min(found[invoke], before)
     return found
 
@@ -141,12 +172,12 @@ def first_written_blocks(
 def reuse(
     graph: Graph,
     live: bytearray,
-    users: list[list[Node] | None],
     schedule: Schedule,
     invokes: Sequence[int],
     group: dict[int, frozenset[int]],
     facts: Facts,
     alone: set[int],
+    more: set[tuple[int, HookPoint]],
 ) -> Reuse:
     """Decide which prompts start from a shared prefix: where that saves blocks."""
     result = Reuse()
@@ -158,7 +189,7 @@ def reuse(
         if identity is not None and len(group[invoke]) == 1 and invoke not in alone:
             classes.setdefault(identity, []).append(invoke)
     written = {invoke for (invoke, _), node in graph.writes.items() if live[node.index]}
-    starts = first_written_blocks(graph, live, users, schedule, invokes)
+    starts = first_written_blocks(graph, live, schedule, invokes, more)
     for members in classes.values():
         plain = [invoke for invoke in members if invoke not in written]
         variants = [invoke for invoke in members if invoke in written and starts[invoke]]
@@ -182,13 +213,17 @@ def reuse(
 
 
 def pack(
-    members: Iterable[tuple[frozenset[int], list[int]]], facts: Facts, limit: int | None
+    members: Iterable[tuple[frozenset[int], list[int]]],
+    facts: Facts,
+    limit: int | None,
+    padding: float = PADDING,
 ) -> list[list[int]]:
     """Batches under a budget of tokens with little padding, long prompts first.
 
     Args:
         members: units that must stay together, each with its invokes.
         limit: tokens in one batch, padding included; None for no limit.
+        padding: most padding in a batch, as a share of its tokens.
     """
     sized = []
     for _, invokes in members:
@@ -201,7 +236,8 @@ def pack(
     for width, rows, own, invokes in sized:
         total = (rows_now + rows) * max(widest, 1)
         padded = total - own_now - own if widest else 0
-        fits = batches and (limit is None or total <= limit) and padded <= PADDING * total
+        light = total <= FEW or padded <= padding * total
+        fits = batches and (limit is None or total <= limit) and light
         if fits:
             batches[-1].extend(invokes)
             rows_now, own_now = rows_now + rows, own_now + own
@@ -239,9 +275,11 @@ def arrange(
     if schedule is not None and not together:
         alone = unsplittable(graph, live, users, schedule, prompted, facts)
     plan = Reuse()
+    looking: set[int] = set()
     cut: dict[int, int] = {}
     if settings.prefix_reuse and schedule is not None and not together and not facts.generates:
-        plan = reuse(graph, live, users, schedule, prompted, group, facts, alone)
+        more, looking = beyond_hidden_states(graph, live, users, schedule)
+        plan = reuse(graph, live, schedule, prompted, group, facts, alone, more)
         if settings.causal and plan.start and facts.may_be_causal():
             # After the last block there is nothing to save, and in short prompts little.
             widths = {i: facts.extent(i)[1] for i in plan.start}
@@ -255,6 +293,8 @@ def arrange(
     if settings.micro_batches and schedule is not None and not together:
         limit = settings.tokens or facts.budget(all_logits)
 
+    padding = 1.0 if together else PADDING
+
     def start_of(invoke: int) -> int:
         return plan.start.get(invoke, 0)
 
@@ -267,7 +307,9 @@ def arrange(
                 bucket = cut.get(invoke, 0) * CUTS // width
                 # Rows that start from a cut have no room for padding.
                 causal = (bucket, width) if bucket else None
-                kind: Hashable = (facts.batch_class(invoke), causal)
+                # No rows may join where such a part of another row is looked at.
+                start = start_of(invoke) if invoke in looking else None
+                kind: Hashable = (facts.batch_class(invoke), causal, start)
             else:
                 kind = ("alone", min(unit))
             kinds.setdefault((level[invoke], kind), {}).setdefault(unit, []).append(invoke)
@@ -278,7 +320,7 @@ def arrange(
                     edge = next(e for e in uses if e.first in unit and e.second in unit)
                     raise OrderError.cycle(edge.write.location, edge.read.location)
             ordered = sorted(members.items(), key=lambda item: start_of(item[1][0]))
-            formed.extend((wave, batch) for batch in pack(ordered, facts, limit))
+            formed.extend((wave, batch) for batch in pack(ordered, facts, limit, padding))
         return sorted(formed, key=lambda item: item[0])
 
     wave_of = levels({i: group[i] for i in rest}, needed, lambda edge: edge.later)
@@ -289,7 +331,7 @@ def arrange(
         formed = form(levels({i: group[i] for i in rest}, needed, lambda edge: True))
     passes = [_base(batch, plan) for batch in _base_batches(plan, facts, limit)]
     for _, batch in formed:
-        batch.sort(key=start_of)
+        batch.sort(key=lambda invoke: (start_of(invoke), invoke))
         first = min(cut.get(invoke, 0) for invoke in batch)
         alike = len({facts.extent(invoke)[1] for invoke in batch}) == 1
         starts = {invoke: plan.start[invoke] for invoke in batch if invoke in plan.start}

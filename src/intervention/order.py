@@ -65,7 +65,7 @@ def edges(graph: Graph, live: bytearray, schedule: Callable[[], Schedule]) -> li
     Raises:
         OrderError: a write needs a later value of its own invoke.
     """
-    found: dict[tuple[int, int, bool], Edge] = {}
+    found: dict[tuple[int, int, bool, HookPoint], Edge] = {}
     for index, reads in requirements(graph, live).items():
         write = graph.nodes[index]
         for read in (graph.nodes[i] for i in reads):
@@ -74,8 +74,9 @@ def edges(graph: Graph, live: bytearray, schedule: Callable[[], Schedule]) -> li
             else:
                 later = _later(read.target, write.target, schedule)
             if read.invoke != write.invoke:
-                key = (read.invoke, write.invoke, later)
-                found.setdefault(key, Edge(*key, read, write))
+                # One for each place that is read: a base pass may answer some of them alone.
+                edge = Edge(read.invoke, write.invoke, later, read, write)
+                found.setdefault((read.invoke, write.invoke, later, read.target), edge)
             elif later:
                 raise OrderError.later(
                     write.describe(), write.location, read.describe(), read.location

@@ -557,6 +557,7 @@ class Run:
     def close(self) -> None:
         """Break the cycle with the interpreter, so that nothing waits for the garbage collector."""
         del self._interpreter
+        self._schedule = None
 
 
 def _opaque(value: Any) -> Opaque | None:

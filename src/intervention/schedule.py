@@ -151,7 +151,7 @@ class _Use:
     changes: bool
 
 
-class _Ledger(TorchDispatchMode):
+class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes who writes and who takes which memory in a trial forward.
 
     It keeps all tensors, as a freed one's identity would be given to another. Views have their
@@ -159,7 +159,7 @@ class _Ledger(TorchDispatchMode):
     """
 
     def __init__(self, events: list[_Event]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.uses: list[_Use] = []
         self._events = events
         self._kept: dict[int, torch.Tensor] = {}
@@ -192,7 +192,7 @@ class _Ledger(TorchDispatchMode):
 
 
 def _memory(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _named(func: Any, args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:

@@ -110,7 +110,7 @@ class BlockError(GraftworkError):
     @classmethod
     def whole_batch(cls, location: Location, passes: int) -> BlockError:
         return cls(
-            f"The whole batch was used at {location}\nbut the prompts of this block cannot run "
+            f"the whole batch was used at {location}, but the prompts of this block cannot run "
             f"together: it takes {passes} passes. Use the value inside each invoke."
         )
 

@@ -100,7 +100,9 @@ class Captured:
         self.tensor = tensor
         self.name = name
         # Inference tensors have no version counter; they cannot be changed outside inference mode.
-        self.version = None if tensor.is_inference() else tensor._version
+        # Parameters change on purpose: an optimizer's step lies between two runs of an experiment.
+        changes = tensor.is_inference() or isinstance(tensor, torch.nn.Parameter)
+        self.version = None if changes else tensor._version
 
     def __repr__(self) -> str:
         return f"{self.name}{list(self.tensor.shape)}"

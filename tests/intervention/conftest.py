@@ -199,13 +199,19 @@ def close(value: Any, expected: torch.Tensor, tolerance: float = 1e-5) -> bool:
 
 
 @contextmanager
-def block_calls(module: torch.nn.Module) -> Iterator[Counter[int]]:
-    """Counts, for each block, how often its own forward runs: a skipped one runs no part of it."""
+def block_rows(module: torch.nn.Module) -> Iterator[Counter[int]]:
+    """Counts the rows that run through each block: for one that is skipped, no part of it runs."""
     counts: Counter[int] = Counter()
     handles = []
     for i, block in enumerate(module.get_submodule(blocks_path(module))):
         inner = next(block.children())
-        handles.append(inner.register_forward_pre_hook(lambda _m, _a, i=i: counts.update([i])))
+
+
+        def hook(_: Any, args: Any, kwargs: Any, i: int = i) -> None:
+            first = args[0] if args else next(v for v in kwargs.values() if torch.is_tensor(v))
+            counts[i] += first.shape[0]
+
+        handles.append(inner.register_forward_pre_hook(hook, with_kwargs=True))
     try:
         yield counts
     finally:
@@ -254,7 +260,7 @@ def tools() -> SimpleNamespace:
         blocks=blocks_path,
         plain=plain,
         close=close,
-        block_calls=block_calls,
+        block_rows=block_rows,
         batches_of=batches_of,
         prompts=prompts,
         left_behind=left_behind,

@@ -12,9 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from graftwork import LanguageModel
 from graftwork.intervention import Settings
-from graftwork.tracing.errors import InputError
 
 # ---------------------------------------------------------------- a property: planned = plain
 
@@ -223,3 +221,184 @@ def test_any_subset_of_the_passes_gives_what_plain_forwards_give(
             assert wrong == [], plan
 
     holds()
+
+
+# ---------------------------------------------------------------- less head
+
+
+@pytest.fixture
+def model(tools: SimpleNamespace) -> LanguageModel:
+    model: LanguageModel = tools.model("gpt2")
+    return model
+
+
+LAST: dict[str, tuple[Any, int]] = {
+    "[:, -1]": ((slice(None), -1), 1),
+    "[0, -1]": ((0, -1), 1),
+    "[:, -1, 7]": ((slice(None), -1, 7), 1),
+    "[:, -3:]": ((slice(None), slice(-3, None)), 3),
+    "[:, -2]": ((slice(None), -2), 2),
+    "[:, -3:-1]": ((slice(None), slice(-3, -1)), 8),
+    "[:, 2]": ((slice(None), 2), 8),
+    "[:, :, 3]": ((slice(None), slice(None), 3), 8),
+    "[..., -1]": ((..., -1), 8),
+    "[None, -1]": ((None, -1), 8),
+    "[0]": (0, 8),
+    "[:, [-1, 0]]": ((slice(None), [-1, 0]), 8),
+    "[mask, -1]": ((torch.arange(8)[None] == 2, -1), 8),
+}
+
+
+@pytest.mark.parametrize("name", list(LAST))
+def test_only_the_last_positions_that_are_used_are_unembedded(
+    name: str, model: Any, tools: SimpleNamespace
+) -> None:
+    module = tools.module("gpt2")
+    (prompt,) = tools.prompts(8)
+    key, positions = LAST[name]
+    with tools.batches_of(module, "lm_head") as shapes:
+        with model.trace(prompt):
+            logits = model.lm_head.output[key].save()
+    assert shapes == [(1, positions, 16)]
+    assert tools.close(logits, tools.plain(module, prompt)["lm_head", "output"][key])
+
+
+def test_most_positions_that_any_prompt_uses_are_unembedded(
+    model: Any, tools: SimpleNamespace
+) -> None:
+    module, ids = tools.module("gpt2"), tools.prompts(8, 7, 2)
+    saved = []
+    with tools.batches_of(module, "lm_head") as shapes:
+        with model.trace() as tracer:
+            for prompt, positions in zip(ids, (1, 3, 5), strict=True):
+                with tracer.invoke(prompt):
+                    saved.append(model.lm_head.output[:, -positions:].save())
+    assert all(shape[1] <= 5 for shape in shapes)
+    for prompt, positions, value in zip(ids, (1, 3, 5), saved, strict=True):
+        expected = tools.plain(module, prompt)["lm_head", "output"][:, -positions:]
+        assert tools.close(value, expected)
+
+
+def whole(model: Any, tracer: Any) -> Any:
+    return model.lm_head.output.save()
+
+
+def written(model: Any, tracer: Any) -> Any:
+    model.lm_head.output[:, -1] *= 2
+    return model.lm_head.output[:, -1].save()
+
+
+def read_by_output(model: Any, tracer: Any) -> Any:
+    model.lm_head.output[:, -1].save()
+    return tracer.output.logits.save()
+
+
+def read_at_input(model: Any, tracer: Any) -> Any:
+    model.lm_head.output[:, -1].save()
+    return model.lm_head.input.save()
+
+
+@pytest.mark.parametrize("use", [whole, written, read_by_output, read_at_input])
+def test_all_positions_are_unembedded_where_all_are_used(
+    use: Any, model: Any, tools: SimpleNamespace
+) -> None:
+    module = tools.module("gpt2")
+    (prompt,) = tools.prompts(8)
+    with tools.batches_of(module, "lm_head") as shapes:
+        with model.trace(prompt) as tracer:
+            value = use(model, tracer)
+    assert shapes == [(1, 8, 16)]
+    assert value.shape[-1] in (61, 16)
+
+
+def test_all_positions_are_unembedded_if_it_is_switched_off(
+    model: Any, tools: SimpleNamespace
+) -> None:
+    module = tools.module("gpt2")
+    (prompt,) = tools.prompts(8)
+    with tools.batches_of(module, "lm_head") as shapes:
+        with model.trace(prompt, plan={"less_head": False}):
+            model.lm_head.output[:, -1].save()
+    assert shapes == [(1, 8, 16)]
+
+
+@pytest.mark.parametrize(
+    ("key", "first"), [((slice(None), -1), 1), ((slice(None), slice(-3, None)), 3), ((0, 2), 8)]
+)
+def test_generation_unembeds_what_is_used_of_the_prompt(
+    key: Any, first: int, model: Any, tools: SimpleNamespace
+) -> None:
+    module = tools.module("gpt2")
+    (prompt,) = tools.prompts(8)
+    saved = []
+    with tools.batches_of(module, "lm_head") as shapes:
+        with model.generate(prompt, max_new_tokens=3) as generator:
+            saved.append(model.lm_head.output[key].save())
+            for _ in range(2):
+                generator.next()
+                saved.append(model.lm_head.output[:, -1].save())
+    assert [shape[1] for shape in shapes] == [first, 1, 1]
+    assert tools.close(saved[0], tools.plain(module, prompt)["lm_head", "output"][key])
+    ids = prompt[None]
+    for step in range(3):
+        logits = tools.plain(module, ids)["lm_head", "output"][:, -1]
+        if step:
+            assert tools.close(saved[step], logits)
+        ids = torch.cat((ids, logits.argmax(-1, keepdim=True)), 1)
+
+
+# ---------------------------------------------------------------- dead code, memory, autograd
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_what_no_save_needs_does_not_run(on: bool, model: Any, tools: SimpleNamespace) -> None:
+    (prompt,) = tools.prompts(5)
+    with tools.block_rows(tools.module("gpt2")) as rows:
+        with model.trace(prompt, plan={"dead_code": on}):
+            (model.transformer.h[3].output * 2).sum()
+            first = model.transformer.h[0].output.save()
+    assert sum(rows.values()) == (1 if on else 4)
+    assert tools.close(first, tools.plain(tools.module("gpt2"), prompt)["transformer.h.0", "output"])
+
+
+@pytest.mark.parametrize("plan", [None, False])
+def test_no_graph_of_gradients_without_need(plan: Any, model: Any, tools: SimpleNamespace) -> None:
+    ids = tools.prompts(5, 4, 5)
+    vector = torch.zeros(16)
+    saved = []
+    with model.trace(plan=plan) as tracer:
+        for prompt in (*ids, ids[0]):
+            with tracer.invoke(prompt):
+                model.transformer.h[1].output[:, 0] += vector
+                saved.append(model.lm_head.output[:, -1].save())
+    assert all(value.value.grad_fn is None and not value.value.requires_grad for value in saved)
+
+
+@pytest.mark.parametrize("plan", [None, False, {"tokens": 5}])
+def test_gradients_reach_a_captured_tensor_through_all_variants(
+    plan: Any, model: Any, tools: SimpleNamespace
+) -> None:
+    module = tools.module("gpt2")
+    (prompt,) = tools.prompts(5)
+    vector = torch.full((16,), 0.1, requires_grad=True)
+    saved = []
+    with model.trace(plan=plan) as tracer:
+        for k in range(4):
+            with tracer.invoke(prompt):
+                model.transformer.h[k].output[:, 1] += vector
+                saved.append(model.lm_head.output[:, -1].save())
+    sum(value.value.square().sum() for value in saved).backward()
+    mine = vector.grad
+    other = torch.full((16,), 0.1, requires_grad=True)
+    for k in range(4):
+
+        def plus(_: Any, args: Any, output: Any) -> Any:
+            return torch.cat((output[:, :1], output[:, 1:2] + other, output[:, 2:]), 1)
+
+        handle = module.transformer.h[k].register_forward_hook(plus)
+        module(prompt[None]).logits[:, -1].square().sum().backward()
+        handle.remove()
+    for parameter in module.parameters():
+        parameter.grad = None
+    assert mine is not None and other.grad is not None
+    assert tools.close(mine, other.grad, 1e-4)

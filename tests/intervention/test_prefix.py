@@ -3,6 +3,7 @@ forward for each invoke gives."""
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,8 +18,8 @@ CHAINED = [
     "gpt2", "gptj", "gpt_neo", "gpt_neox", "opt", "llama", "mistral", "gemma2", "gemma3_text",
     "falcon", "falcon_alibi", "bloom", "mamba", "mixtral",
 ]  # fmt: skip
-#: In these, one of two layers sees a few tokens back alone: prompts longer than that matter.
-PADDED = (5, 9)
+#: Lengths that share a batch, with padding.
+PADDED = (8, 10)
 
 
 def head_of(module: Any) -> str:
@@ -43,7 +44,7 @@ def test_variants_start_at_their_first_written_block(name: str, tools: SimpleNam
     blocks, head = tools.blocks(module), head_of(module)
     ids = tools.prompts(*PADDED)
     saved = []
-    with tools.block_calls(module) as calls:
+    with tools.block_rows(module) as rows:
         with model.trace() as tracer:
             for prompt in ids:
                 with tracer.invoke(prompt):
@@ -56,9 +57,10 @@ def test_variants_start_at_their_first_written_block(name: str, tools: SimpleNam
                             path = f"{blocks}.{j}"
                             mine[path] = model.get(path).output[0].save()
                         saved.append((prompt, k, mine))
-    # The base pass runs all blocks; a write at a block's output leaves the block itself shared.
-    chained = [1, 2, 3, 4]
-    assert [calls[k] for k in range(4)] == (chained if name != "gemma3n_text" else [2] * 4)
+    # The base pass runs both prompts through all blocks; a write at a block's output leaves the block
+    # itself shared.
+    chained = [2, 4, 6, 8]
+    assert [rows[k] for k in range(4)] == (chained if name != "gemma3n_text" else [10] * 4)
     wrong = []
     for prompt, k, mine in saved:
         edits = [] if k is None else [((f"{blocks}.{k}", "output"), double(1))]
@@ -105,7 +107,7 @@ def test_write_decides_where_a_variant_starts(place: Any, tools: SimpleNamespace
     module, model = tools.module("gpt2"), tools.model("gpt2")
     (prompt,) = tools.prompts(6)
     saved = []
-    with tools.block_calls(module) as calls:
+    with tools.block_rows(module) as rows:
         with model.trace() as tracer:
             with tracer.invoke(prompt):
                 plain = model.lm_head.output.save()
@@ -116,9 +118,8 @@ def test_write_decides_where_a_variant_starts(place: Any, tools: SimpleNamespace
                     value[:, token] *= 2
                     saved.append(model.lm_head.output.save())
     skipped = WRITES[place]
-    # A variant that skips nothing shares nothing: the three run as one batch.
-    expected = [1 + (k >= skipped > 0) for k in range(4)]
-    assert [calls[k] for k in range(4)] == expected
+    expected = [1 + 2 * (k >= skipped) for k in range(4)]
+    assert [rows[k] for k in range(4)] == expected
     for token, value in zip((1, 3), saved, strict=True):
         seen = tools.plain(module, prompt, [(place, double(token))])
         assert tools.close(value, seen["lm_head", "output"])
@@ -129,7 +130,7 @@ def test_several_writes_start_at_the_first(tools: SimpleNamespace) -> None:
     module, model = tools.module("gpt2"), tools.model("gpt2")
     (prompt,) = tools.prompts(6)
     places = [("transformer.h.3.mlp", "output"), ("transformer.h.1", "output")]
-    with tools.block_calls(module) as calls:
+    with tools.block_rows(module) as rows:
         with model.trace() as tracer:
             with tracer.invoke(prompt):
                 plain = model.lm_head.output.save()
@@ -137,7 +138,7 @@ def test_several_writes_start_at_the_first(tools: SimpleNamespace) -> None:
                 for path, _ in places:
                     model.get(path).output[:, 2] *= 2
                 edited = model.lm_head.output.save()
-    assert [calls[k] for k in range(4)] == [1, 1, 2, 2]
+    assert [rows[k] for k in range(4)] == [1, 1, 2, 2]
     seen = tools.plain(module, prompt, [(place, double(2)) for place in places])
     assert tools.close(edited, seen["lm_head", "output"])
     assert tools.close(plain, tools.plain(module, prompt)["lm_head", "output"])
@@ -148,7 +149,7 @@ def test_attention_mask_of_one_block_may_be_written(tools: SimpleNamespace) -> N
     model = LanguageModel(module)
     (prompt,) = tools.prompts(6)
     saved = []
-    with tools.block_calls(module) as calls:
+    with tools.block_rows(module) as rows:
         with model.trace() as tracer:
             for k in (None, 2, 3):
                 with tracer.invoke(prompt):
@@ -156,7 +157,7 @@ def test_attention_mask_of_one_block_may_be_written(tools: SimpleNamespace) -> N
                         mask = model.model.layers[k].self_attn.inputs[1]["attention_mask"]
                         mask[:, :, :, 0] = -1e4
                     saved.append(model.lm_head.output.save())
-    assert [calls[k] for k in range(4)] == [1, 1, 2, 3]
+    assert [rows[k] for k in range(4)] == [1, 1, 2, 3]
 
     def hidden(_: Any, args: Any, kwargs: Any) -> Any:
         mask = kwargs["attention_mask"].clone()
@@ -173,6 +174,57 @@ def test_attention_mask_of_one_block_may_be_written(tools: SimpleNamespace) -> N
         for handle in handles:
             handle.remove()
         assert tools.close(value, expected), k
+
+
+@pytest.mark.parametrize("name", ["mask", "positions"])
+def test_what_a_block_is_given_besides_is_the_prompts_own_where_others_join(
+    name: str, tools: SimpleNamespace
+) -> None:
+    module = tools.fresh("llama", attn_implementation="eager")
+    model = LanguageModel(module)
+    blocks = model.model.layers
+    ids = tools.prompts(6, 7)
+    saved = []
+
+    def part(inputs: Any) -> Any:
+        kwargs = inputs[1]
+        return kwargs["attention_mask"] if name == "mask" else kwargs["position_embeddings"][0]
+
+    with model.trace() as tracer:
+        for prompt in ids:
+            for k in range(3):
+                with tracer.invoke(prompt):
+                    blocks[k].output[0][:, 1] *= 2
+                    part(blocks[k + 1].inputs)[..., 0] = -1e4
+                    mine = [part(blocks[j].inputs).save() for j in range(4)]
+                    saved.append((prompt, k, mine, model.lm_head.output.save()))
+    for prompt, k, mine, logits in saved:
+        seen: list[torch.Tensor] = []
+
+        def note(_: Any, args: Any, kwargs: Any, place: tuple[int, int], seen: Any = seen) -> Any:
+            value = part((args, kwargs)).clone()
+            if place[0] == place[1] + 1:
+                value[..., 0] = -1e4
+            seen.append(value)
+            if name == "mask":
+                return args, {**kwargs, "attention_mask": value}
+            return args, {**kwargs, "position_embeddings": (value, kwargs["position_embeddings"][1])}
+
+        def double_row(_: Any, args: Any, output: Any) -> Any:
+            output = output.clone()
+            output[:, 1] *= 2
+            return output
+
+        handles = [module.model.layers[k].register_forward_hook(double_row)]
+        for j, block in enumerate(module.model.layers):
+            hook = functools.partial(note, place=(j, k))
+            handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
+        with torch.no_grad():
+            expected = module(prompt[None], use_cache=False).logits
+        for handle in handles:
+            handle.remove()
+        assert tools.close(logits, expected)
+        assert all(tools.close(a, b) for a, b in zip(mine, seen, strict=True))
 
 
 # ---------------------------------------------------------------- what is shared
@@ -233,7 +285,7 @@ def test_masks_and_positions_are_part_of_the_input(tools: SimpleNamespace) -> No
 def test_value_of_a_variant_may_be_used_by_another(tools: SimpleNamespace) -> None:
     module, model = tools.module("gpt2"), tools.model("gpt2")
     (prompt,) = tools.prompts(6)
-    with tools.block_calls(module) as calls:
+    with tools.block_rows(module) as rows:
         with model.trace() as tracer:
             with tracer.invoke(prompt):
                 model.transformer.h[1].output[:, 2] *= 2
@@ -245,7 +297,7 @@ def test_value_of_a_variant_may_be_used_by_another(tools: SimpleNamespace) -> No
                 logits = model.lm_head.output.save()
             with tracer.invoke(prompt):
                 model.lm_head.output.save()
-    assert [calls[k] for k in range(4)] == [1, 1, 2, 3]
+    assert [rows[k] for k in range(4)] == [1, 1, 2, 3]
     first = tools.plain(module, prompt, [(("transformer.h.1", "output"), double(2))])
 
     def change(value: torch.Tensor) -> torch.Tensor:
@@ -259,17 +311,17 @@ def test_value_of_a_variant_may_be_used_by_another(tools: SimpleNamespace) -> No
 
 def test_prompts_of_several_rows_are_shared(tools: SimpleNamespace) -> None:
     module, model = tools.module("llama"), tools.model("llama")
-    rows = torch.stack(tools.prompts(6, 6))
-    (other,) = tools.prompts(9, seed=4)
+    pair = torch.stack(tools.prompts(6, 6))
+    (other,) = tools.prompts(7, seed=4)
     saved = []
-    with tools.block_calls(module) as calls:
+    with tools.block_rows(module) as counts:
         with model.trace() as tracer:
-            for prompt in (rows, other):
+            for prompt in (pair, other):
                 for token in range(3):
                     with tracer.invoke(prompt):
                         model.model.layers[2].output[0][:, token] *= 2
                         saved.append((prompt, token, model.lm_head.output.save()))
-    assert [calls[k] for k in range(4)] == [1, 1, 1, 1]
+    assert [counts[k] for k in range(4)] == [3, 3, 3, 9]
     for prompt, token, value in saved:
         seen = tools.plain(module, prompt, [(("model.layers.2", "output"), double(token))])
         assert tools.close(value, seen["lm_head", "output"])
@@ -339,6 +391,41 @@ def test_attention_weights_of_a_skipped_block_are_the_shared_ones(
         assert tools.close(weights, outputs[0][1])
 
 
+@pytest.mark.parametrize("name", ["gptj", "gpt_neo", "falcon", "bloom"])
+def test_attention_weights_of_a_variant_stay_its_own_where_others_join(
+    name: str, tools: SimpleNamespace
+) -> None:
+    module = tools.fresh(name, attn_implementation="eager")
+    model = LanguageModel(module)
+    blocks = tools.blocks(module)
+    (prompt,) = tools.prompts(6)
+    with model.trace() as tracer:
+        for k in range(4):
+            with tracer.invoke(prompt):
+                model.get(f"{blocks}.{k}").output[0][:] *= 2
+                if k == 0:
+                    weights = [model.get(f"{blocks}.{j}").output[1].save() for j in range(4)]
+                model.get(head_of(module)).output.save()
+    outputs: list[Any] = []
+
+    def twice(_: Any, args: Any, output: Any) -> Any:
+        return (output[0] * 2, *output[1:])
+
+    handles = [module.get_submodule(f"{blocks}.0").register_forward_hook(twice)]
+    for j in range(4):
+        handles.append(
+            module.get_submodule(f"{blocks}.{j}").register_forward_hook(
+                lambda _m, _a, output: outputs.append(output[1])
+            )
+        )
+    with torch.no_grad():
+        module(prompt[None])
+    for handle in handles:
+        handle.remove()
+    for value, expected in zip(weights, outputs, strict=True):
+        assert tools.close(value, expected)
+
+
 def test_cache_of_a_variant_is_whole(tools: SimpleNamespace) -> None:
     module, model = tools.module("gpt2"), tools.model("gpt2")
     (prompt,) = tools.prompts(6)
@@ -365,14 +452,14 @@ def test_hidden_states_of_a_variant_are_its_own(asked: str, tools: SimpleNamespa
     model = LanguageModel(module)
     (prompt,) = tools.prompts(6)
     saved = []
-    with tools.block_calls(module) as calls:
+    with tools.block_rows(module) as rows:
         with model.trace(**options) as tracer:
             for factor in (1, 2, 3):
                 with tracer.invoke(prompt):
                     model.transformer.h[2].output[:] *= factor
                     states = model.output.hidden_states
                     saved.append((factor, [states[i].save() for i in (0, 1, 2, 3)]))
-    assert [calls[k] for k in range(4)] == [1, 1, 1, 1], "one batch, from the first block"
+    assert [rows[k] for k in range(4)] == [3, 3, 3, 3], "nothing is shared"
     with torch.no_grad():
         expected = module(prompt[None], output_hidden_states=True).hidden_states
     for factor, states in saved:

@@ -532,7 +532,7 @@ def test_a_swap_in_both_directions(
     counter = module.register_forward_pre_hook(
         lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
     )
-    with model.trace() as tracer:
+    with model.trace(plan={"prefix_reuse": False}) as tracer:
         with tracer.invoke(a):
             of_a = block.output[:, -1]
         with tracer.invoke(b):
@@ -587,7 +587,7 @@ def test_an_earlier_value_of_another_prompt_needs_no_second_pass(
     rows: list[int] = []
     counter = module.register_forward_pre_hook(lambda *_: rows.append(1))
     h = model.transformer.h
-    with model.trace() as tracer:
+    with model.trace(plan={"prefix_reuse": False}) as tracer:
         with tracer.invoke(b):
             h[2].output[:, 0] = 0  # an edit here, so that order matters
         with tracer.invoke(a):

@@ -164,16 +164,21 @@ def test_hidden_states_and_attentions_of_each_prompt(generates: bool, tools: Any
         assert tools.difference(attention.value, expected.attentions[1]) is None
 
 
-def test_a_value_of_the_whole_batch_is_refused_to_one_prompt(model: Any, tools: Any) -> None:
-    """A cache holds the tokens of every prompt."""
+def test_prompts_that_read_a_cache_run_apart(model: Any, module: Any, tools: Any) -> None:
+    """A cache of the batch would hold the tokens of every prompt."""
+    prompts, saved = tools.prompts(3, 6), []
     with model.trace() as tracer:
-        for prompt in tools.prompts(3, 6):
+        for prompt in prompts:
             with tracer.invoke(prompt):
-                cache = model.output.past_key_values.save()
-                logits = model.output.logits.save()
-    with pytest.raises(ScheduleError, match="cannot be split into the prompts of a batch"):
-        _ = cache.value
-    assert logits.shape == (1, 6, 61)
+                saved.append((model.output.past_key_values.save(), model.output.logits.save()))
+    for prompt, (cache, logits) in zip(prompts, saved, strict=True):
+        with torch.no_grad():
+            expected = module(input_ids=prompt[None])
+        assert cache.value.get_seq_length() == len(prompt)
+        keys = [layer.keys for layer in cache.value.layers]
+        for found, plain in zip(keys, expected.past_key_values.layers, strict=True):
+            assert tools.difference(found, plain.keys) is None
+        assert tools.difference(logits.value, expected.logits) is None
 
 
 def test_embeddings_of_different_lengths_on_a_model_that_counts_ids(tools: Any) -> None:
