@@ -331,7 +331,8 @@ def arrange(
         formed = form(levels({i: group[i] for i in rest}, needed, lambda edge: True))
     passes = [_base(batch, plan) for batch in _base_batches(plan, facts, limit)]
     for _, batch in formed:
-        batch.sort(key=lambda invoke: (start_of(invoke), invoke))
+        depth = depths(batch, group, needed)
+        batch.sort(key=lambda i: (start_of(i), depth.get(i, 0), min(group[i]), i))
         first = min(cut.get(invoke, 0) for invoke in batch)
         alike = len({facts.extent(invoke)[1] for invoke in batch}) == 1
         starts = {invoke: plan.start[invoke] for invoke in batch if invoke in plan.start}
@@ -344,6 +345,15 @@ def arrange(
                 one.keep.add(len(schedule.chain) - 1)
                 one.caches = True
     return passes
+
+
+def depths(
+    batch: list[int], group: dict[int, frozenset[int]], uses: Iterable[Edge]
+) -> dict[int, int]:
+    """How many invokes of a batch each waits for, one after the other; empty if none does."""
+    members = set(batch)
+    inside = [edge for edge in uses if edge.first in members and edge.second in members]
+    return levels({i: group[i] for i in batch}, inside, lambda edge: True) if inside else {}
 
 
 def seams_of(

@@ -117,8 +117,8 @@ def test_pack_keeps_units_together_and_puts_long_prompts_first(little_padding: N
         return frozenset(invokes), list(invokes)
 
     units = [unit(2), unit(8, 3), unit(7), unit(6), unit(5), unit(1)]
-    assert pack(units, Facts(), None) == [[8, 3], [7, 6, 5], [2], [1]]  # type: ignore[arg-type]
-    assert pack(units, Facts(), 14) == [[8, 3], [7, 6], [5], [2], [1]]  # type: ignore[arg-type]
+    assert pack(units, Facts(), None) == [[8, 3, 7, 6], [5], [2, 1]]  # type: ignore[arg-type]
+    assert pack(units, Facts(), 14) == [[8, 3], [7, 6], [5], [2, 1]]  # type: ignore[arg-type]
     every = pack(units, Facts(), None, padding=1.0)  # type: ignore[arg-type]
     assert every == [[8, 3, 7, 6, 5, 2, 1]]
 
