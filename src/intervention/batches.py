@@ -76,13 +76,34 @@ def _takes_opaque_field(node: Node, users: list[list[Node] | None], schedule: Sc
     if node.kind != READ or node.target.path or node.target.port != "output":
         return False
     axes = schedule.axes(node.target)
-    return isinstance(axes, dict) and any(
-        user.kind == CALL
-        and user.target in (FIELD, GETITEM)
-        and type(name := user.args[1]) is str
-        and axes.get(name) is None
-        for user in users[node.index] or ()
-    )
+    if not isinstance(axes, dict):
+        return False
+    for user in users[node.index] or ():
+        if user.kind == CALL and user.target in (FIELD, GETITEM):
+            key = user.args[1]
+            fields = axes if type(key) is str else dict(enumerate(axes.values()))
+            if type(key) in (str, int) and fields.get(key) is None:
+                return True
+    return False
+
+
+def whole_outputs(graph: Graph, live: bytearray, users: list[list[Node] | None]) -> set[int]:
+    """The invokes that use the forward's output as a whole, with all that blocks put in it."""
+    saved = graph.saved()
+    return {
+        node.invoke
+        for node in graph.nodes
+        if node.kind == READ
+        and live[node.index]
+        and not node.target.path
+        and node.target.port == "output"
+        and (
+            node.index in saved
+            or any(
+                u.kind != CALL or u.target not in (FIELD, GETITEM) for u in users[node.index] or ()
+            )
+        )
+    }
 
 
 def _wholes(
@@ -104,7 +125,9 @@ def _wholes(
                 return None
             view = user.target if user.target is not PUT else user.args[2]
             key = user.args[1:] if user.target is not PUT else tuple(user.args[3])
-            if not (view is FIRST_ARGUMENT if taken else view in (ELEMENT, GETITEM) and key == (0,)):
+            if not (
+                view is FIRST_ARGUMENT if taken else view in (ELEMENT, GETITEM) and key == (0,)
+            ):
                 return None
             if user.target is not PUT:
                 continue
@@ -279,7 +302,8 @@ def arrange(
     cut: dict[int, int] = {}
     if settings.prefix_reuse and schedule is not None and not together and not facts.generates:
         more, looking = beyond_hidden_states(graph, live, users, schedule)
-        plan = reuse(graph, live, schedule, prompted, group, facts, alone, more)
+        unshared = alone | whole_outputs(graph, live, users)
+        plan = reuse(graph, live, schedule, prompted, group, facts, unshared, more)
         if settings.causal and plan.start and facts.may_be_causal():
             # After the last block there is nothing to save, and in short prompts little.
             widths = {i: facts.extent(i)[1] for i in plan.start}
@@ -393,11 +417,13 @@ def _served_by_base(
     """The uses whose value a base pass computes, before everything else."""
     served = set()
     for edge in uses:
-        if edge.first in plan.whole:
+        start = plan.start.get(edge.first)
+        if edge.first in plan.whole or (
+            start is not None
+            and schedule is not None
+            and answered(graph, schedule, edge.read, start)
+        ):
             served.add(edge)
-        elif edge.first in plan.start and schedule is not None:
-            if answered(graph, schedule, edge.read, plan.start[edge.first]):
-                served.add(edge)
     return served
 
 

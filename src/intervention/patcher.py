@@ -55,7 +55,8 @@ class Patcher:
                 for block in self._pass.keep:
                     module = at_path(self._root, self._prefix.path(block))
                     hook = _keep_hook(self._run, self._prefix, self._pass, block)
-                    self._handles.append(module.register_forward_hook(hook))
+                    # Before hooks of the module's owner: they run again where variants start.
+                    self._handles.append(module.register_forward_hook(hook, prepend=True))
         except BaseException:
             self._remove()
             raise

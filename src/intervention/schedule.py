@@ -257,9 +257,8 @@ def _is_chain(paths: tuple[str, ...], at: dict[Key, tuple[int, _Event]], uses: l
         if block is None:
             if use.time <= last or use.memory != handed[-1]:
                 return False
-        elif inside.get(use.written) != block:
-            if not block or use.memory != handed[block - 1]:
-                return False
+        elif inside.get(use.written) != block and (not block or use.memory != handed[block - 1]):
+            return False
     return not any(
         first < written <= last and memory != handed[-1]
         for number, event in at.values()

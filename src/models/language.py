@@ -337,8 +337,9 @@ class LanguageModel(Model):
         return alike
 
     def identity(self, tracer: Tracer, prompt: Any) -> Hashable:
-        # Options of the forward may ask for what skipped blocks would have given.
-        if tracer.kwargs or prompt.other:
+        # Options of the forward may ask for what skipped blocks would have given; with dropout, the
+        # same input is not the same computation.
+        if tracer.kwargs or prompt.other or self.tree().training:
             return None
         if any(tensor.is_floating_point() for tensor in prompt.inputs.values()):
             return None
@@ -426,7 +427,7 @@ class LanguageModel(Model):
             inputs.pop("attention_mask")
         options = dict(tracer.kwargs)
         if not tracer.generates:
-            if one.positions:
+            if one.positions and "labels" not in inputs:
                 options.setdefault("logits_to_keep", one.positions)
             if cache is not None:
                 options["past_key_values"], options["use_cache"] = cache, True

@@ -127,7 +127,7 @@ def first_tensor(value: Any) -> torch.Tensor:
 def with_first(value: Any, new: torch.Tensor) -> Any:
     if isinstance(value, torch.Tensor):
         return new
-    return (with_first(value[0], new), *value[1:])
+    return type(value)([with_first(value[0], new), *value[1:]])
 
 
 Edit = Callable[[torch.Tensor], torch.Tensor]
@@ -169,8 +169,8 @@ def plain(
 
     def after(path: str) -> Callable[..., Any]:
         def hook(_: Any, args: Any, output: Any) -> Any:
-            tensors = isinstance(output, (torch.Tensor, tuple))
-            if not tensors or (isinstance(output, tuple) and not torch.is_tensor(output[0])):
+            several = type(output) in (tuple, list) and torch.is_tensor(output[0])
+            if not several and not torch.is_tensor(output):
                 return None
             return with_first(output, change((path, "output"), first_tensor(output)))
 
@@ -205,7 +205,6 @@ def block_rows(module: torch.nn.Module) -> Iterator[Counter[int]]:
     handles = []
     for i, block in enumerate(module.get_submodule(blocks_path(module))):
         inner = next(block.children())
-
 
         def hook(_: Any, args: Any, kwargs: Any, i: int = i) -> None:
             first = args[0] if args else next(v for v in kwargs.values() if torch.is_tensor(v))

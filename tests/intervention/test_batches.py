@@ -1,4 +1,4 @@
-"""Which invokes share a forward: under a budget, with little padding, and never at a price in values."""
+"""Which invokes share a forward: under a budget, with little padding, at no price in values."""
 
 from __future__ import annotations
 

@@ -106,22 +106,25 @@ def test_prompts_swap_values_at_one_hook_point(
         assert tools.close(value, seen["lm_head", "output"])
 
 
+@pytest.mark.parametrize("plan", PLANS)
 def test_written_and_unwritten_places_of_a_variant_may_both_be_used(
-    model: Any, tools: SimpleNamespace
+    plan: Any, model: Any, tools: SimpleNamespace
 ) -> None:
     """One is answered by the base pass, the other by the variant's own, which then runs first."""
     module = tools.module("gpt2")
     (prompt,) = tools.prompts(6)
-    with model.trace() as tracer:
+    with model.trace(plan=plan) as tracer:
         for _ in range(2):
             with tracer.invoke(prompt):
                 model.lm_head.output.save()
-        with tracer.invoke(prompt):
+        reader, variant = tracer.invoke(prompt), tracer.invoke(prompt)
+        with variant:
+            early = model.transformer.wte.output
             model.transformer.h[0].output[:, 1] *= 2
-            early, late = model.transformer.wte.output, model.transformer.h[0].output
-        with tracer.invoke(prompt):
+            late = model.transformer.h[0].output
+        with reader:
             model.transformer.wte.output[:, 3] = early[:, 3]
-            model.transformer.h[0].output[:, 1] = late[:, 1]
+            model.transformer.h[0].output[:, 1] = early[:, 1] * 0 + late[:, 1]
             logits = model.lm_head.output.save()
 
     def double(value: torch.Tensor) -> torch.Tensor:

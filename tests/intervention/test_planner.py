@@ -12,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from graftwork import LanguageModel
 from graftwork.intervention import Settings
 
 # ---------------------------------------------------------------- a property: planned = plain
@@ -311,6 +312,14 @@ def test_all_positions_are_unembedded_where_all_are_used(
     assert value.shape[-1] in (61, 16)
 
 
+def test_all_positions_are_unembedded_for_a_loss(model: Any, tools: SimpleNamespace) -> None:
+    (prompt,) = tools.prompts(8)
+    with tools.batches_of(tools.module("gpt2"), "lm_head") as shapes:
+        with model.trace(prompt, labels=prompt, plan={"stop": False}):
+            model.lm_head.output[:, -1].save()
+    assert shapes == [(1, 8, 16)]
+
+
 def test_all_positions_are_unembedded_if_it_is_switched_off(
     model: Any, tools: SimpleNamespace
 ) -> None:
@@ -358,7 +367,9 @@ def test_what_no_save_needs_does_not_run(on: bool, model: Any, tools: SimpleName
             (model.transformer.h[3].output * 2).sum()
             first = model.transformer.h[0].output.save()
     assert sum(rows.values()) == (1 if on else 4)
-    assert tools.close(first, tools.plain(tools.module("gpt2"), prompt)["transformer.h.0", "output"])
+    assert tools.close(
+        first, tools.plain(tools.module("gpt2"), prompt)["transformer.h.0", "output"]
+    )
 
 
 @pytest.mark.parametrize("plan", [None, False])

@@ -208,7 +208,10 @@ def test_what_a_block_is_given_besides_is_the_prompts_own_where_others_join(
             seen.append(value)
             if name == "mask":
                 return args, {**kwargs, "attention_mask": value}
-            return args, {**kwargs, "position_embeddings": (value, kwargs["position_embeddings"][1])}
+            return args, {
+                **kwargs,
+                "position_embeddings": (value, kwargs["position_embeddings"][1]),
+            }
 
         def double_row(_: Any, args: Any, output: Any) -> Any:
             output = output.clone()
@@ -427,7 +430,7 @@ def test_attention_weights_of_a_variant_stay_its_own_where_others_join(
 
 
 def test_cache_of_a_variant_is_whole(tools: SimpleNamespace) -> None:
-    module, model = tools.module("gpt2"), tools.model("gpt2")
+    model = tools.model("gpt2")
     (prompt,) = tools.prompts(6)
     saved = []
     with model.trace() as tracer:
@@ -439,6 +442,20 @@ def test_cache_of_a_variant_is_whole(tools: SimpleNamespace) -> None:
     for cache in saved:
         assert len(cache.value.layers) == 4
         assert cache.value.layers[0].keys.shape == (1, 4, 6, 4)
+
+
+def test_whole_output_of_a_variant_has_its_cache(tools: SimpleNamespace) -> None:
+    model = tools.model("gpt2")
+    (prompt,) = tools.prompts(6)
+    saved = []
+    for plan in (None, False):
+        with model.trace(plan=plan) as tracer:
+            for k in (1, 2):
+                with tracer.invoke(prompt):
+                    model.transformer.h[k].output[:] *= 2
+                    saved.append(model.output[1].save())
+    for cache in saved:
+        assert len(cache.value.layers) == 4
 
 
 @pytest.mark.parametrize("asked", ["config", "keyword"])
@@ -485,6 +502,27 @@ def test_forward_is_put_back_after_an_error(tools: SimpleNamespace) -> None:
     with model.trace(prompt):
         logits = model.lm_head.output.save()
     assert tools.close(logits, expected)
+
+
+def test_hooks_of_the_models_owner_act_once(tools: SimpleNamespace) -> None:
+    module = tools.fresh("gpt2")
+    handles = [
+        block.register_forward_hook(lambda _m, _a, output: output * 1.1)
+        for block in module.transformer.h
+    ]
+    model = LanguageModel(module)
+    (prompt,) = tools.prompts(6)
+    saved = []
+    with model.trace() as tracer:
+        for k in range(4):
+            with tracer.invoke(prompt):
+                model.transformer.h[k].output[:, 2] *= 2
+                saved.append(model.lm_head.output.save())
+    for k, value in enumerate(saved):
+        seen = tools.plain(module, prompt, [((f"transformer.h.{k}", "output"), double(2))])
+        assert tools.close(value, seen["lm_head", "output"]), k
+    for handle in handles:
+        handle.remove()
 
 
 def test_forward_on_the_instance_is_used_and_stays(tools: SimpleNamespace) -> None:
