@@ -300,7 +300,8 @@ def arrange(
     plan = Reuse()
     looking: set[int] = set()
     cut: dict[int, int] = {}
-    if settings.prefix_reuse and schedule is not None and not together and not facts.generates:
+    may = settings.prefix_reuse and not together and not facts.generates and facts.may_share()
+    if may and schedule is not None:
         more, looking = beyond_hidden_states(graph, live, users, schedule)
         unshared = alone | whole_outputs(graph, live, users)
         plan = reuse(graph, live, schedule, prompted, group, facts, unshared, more)

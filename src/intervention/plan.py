@@ -67,6 +67,9 @@ class Facts(Protocol):
     def budget(self, all_logits: bool) -> int:
         """Tokens that fit into one forward; with all of their logits, or the last ones alone."""
 
+    def may_share(self) -> bool:
+        """False if equal inputs need not be equal computations, or if somebody else looks on."""
+
     def may_be_causal(self) -> bool:
         """False if the model cannot continue from keys and values of earlier tokens."""
 

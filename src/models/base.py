@@ -334,6 +334,10 @@ class Model(Envoy):
             largest += 3 * bytes_each(schedule.visits[head, "output", 0].axes)
         return max(1, largest)
 
+    def may_share(self, tracer: Tracer) -> bool:
+        """True if what prompts share may be computed once."""
+        return False
+
     def may_be_causal(self) -> bool:
         """False if the model cannot continue from keys and values of earlier tokens."""
         return False

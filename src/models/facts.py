@@ -20,6 +20,8 @@ class Host(Protocol):
 
     def budget(self, tracer: Tracer, all_logits: bool) -> int: ...
 
+    def may_share(self, tracer: Tracer) -> bool: ...
+
     def may_be_causal(self) -> bool: ...
 
     def head(self) -> str | None: ...
@@ -52,6 +54,9 @@ class BlockFacts:
 
     def budget(self, all_logits: bool) -> int:
         return self._host.budget(self._tracer, all_logits)
+
+    def may_share(self) -> bool:
+        return self._host.may_share(self._tracer)
 
     def may_be_causal(self) -> bool:
         return self._host.may_be_causal()

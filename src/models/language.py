@@ -337,9 +337,7 @@ class LanguageModel(Model):
         return alike
 
     def identity(self, tracer: Tracer, prompt: Any) -> Hashable:
-        # Options of the forward may ask for what skipped blocks would have given; with dropout, the
-        # same input is not the same computation.
-        if tracer.kwargs or prompt.other or self.tree().training:
+        if prompt.other:
             return None
         if any(tensor.is_floating_point() for tensor in prompt.inputs.values()):
             return None
@@ -372,6 +370,13 @@ class LanguageModel(Model):
         if self._padding is not None and not counted:
             return kinds
         return kinds, prompt.width, any(n != prompt.width for n in prompt.lengths)
+
+    def may_share(self, tracer: Tracer) -> bool:
+        # Options of the forward may ask for what skipped blocks would have given; with dropout, the
+        # same input is not the same computation.
+        module, config = self.tree(), self.config.get_text_config()
+        asked = any(getattr(config, f"output_{n}", False) for n in ("hidden_states", "attentions"))
+        return not (tracer.kwargs or module.training or asked)
 
     def may_be_causal(self) -> bool:
         config = self.config.get_text_config()

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from graftwork import GraftworkError, LanguageModel
-from graftwork.tracing.errors import InputError, ScheduleError
+from graftwork.tracing.errors import InputError
 
 IDS = [5, 9, 12, 7]
 TEXT = "w5 w9 w12 w7"
