@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..tracing.context import Tracer, current_tracer, read
+from ..tracing.context import Tracer, current_block, current_tracer, read_in
 from ..tracing.errors import BlockError, OperationError, UnknownModuleError
 from ..tracing.node import MODULE, PARAMETER, HookPoint
 from ..tracing.proxy import BlockOutput, Proxy, assign, first_argument, record_node
@@ -76,10 +76,24 @@ class Envoy:
             raise BlockError.other_model(self._path)
         return tracer
 
+    def _read(self, point: HookPoint, kind: type[Proxy]) -> Proxy:
+        """What is at a port for the open invoke, at its step."""
+        # Written out, as this runs for every place that a block names.
+        tracer = current_block.get()
+        if tracer is None or tracer.model is not self._root:
+            self._tracer(point)
+        recording = tracer.recording  # type: ignore[union-attr]
+        invoke = recording.invoke
+        if invoke < 0:
+            raise BlockError.no_invoke(str(point))
+        if recording.step:
+            point = point._replace(step=recording.step)
+        return read_in(recording, invoke, point, kind)
+
     @property
     def output(self) -> Any:
         """What the module returns, for the open invoke's own rows and tokens."""
-        return read(self._tracer(self._output), self._output, self._kind)
+        return self._read(self._output, self._kind)
 
     @output.setter
     def output(self, value: Any) -> None:
@@ -88,7 +102,7 @@ class Envoy:
     @property
     def inputs(self) -> Any:
         """What the module is called with: `(args, kwargs)`."""
-        return read(self._tracer(self._inputs), self._inputs)
+        return self._read(self._inputs, Proxy)
 
     @inputs.setter
     def inputs(self, value: Any) -> None:

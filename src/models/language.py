@@ -472,27 +472,32 @@ class LanguageModel(Model):
     def around(
         self, tracer: Tracer, run: Run, module: torch.nn.Module, prompts: list[TextPrompt]
     ) -> Iterator[None]:
-        if not tracer.generates:
+        if not tracer.generates or not run.sites:
             yield
             return
         width = max(prompt.width for prompt in prompts)
         endings = self._endings(tracer, module)
         later = any(site.wanted_after_first() for site in run.sites)
-        state = {"step": -1}
+        watches = later and endings is not None
+        step = -1
         ended: set[int] = set()
         count = sum(prompt.rows for prompt in prompts)
 
         def begins(_: Any, args: Any, kwargs: Any) -> None:
+            nonlocal step
             if not run.listens():
                 return
-            step = state["step"] = state["step"] + 1
+            step += 1
+            if run.places is None and not watches:
+                run.step = step  # the one invoke sees the whole value, whatever its rows are
+                return
             ids = kwargs.get("input_ids", args[0] if args else None)
             if ids is None:
                 ids = kwargs.get("decoder_input_ids", kwargs.get("inputs_embeds"))
             rows = count if ids is None else ids.shape[0]
             mask = kwargs.get("attention_mask")
             flat = mask is not None and mask.ndim == 2 and not self.config.is_encoder_decoder
-            if later and step and ids is not None and ids.ndim == 2 and endings is not None:
+            if watches and step and endings is not None and ids is not None and ids.ndim == 2:
                 over = torch.isin(ids[:, -1], endings.to(ids.device)).reshape(count, -1).all(1)
                 ended.update(over.nonzero().flatten().tolist())
             run.forward_begins(step, rows, mask.shape[1] - width if flat else step, ended)

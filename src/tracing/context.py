@@ -17,12 +17,13 @@ from .node import READ, HookPoint, user_line
 from .proxy import Proxy
 from .recording import ABANDONED, DONE, FAILED, OPEN, RUNNING, Oracle, Recording
 
-_current: ContextVar[Tracer | None] = ContextVar("graftwork_block", default=None)
+#: The block that is open in this thread and task.
+current_block: ContextVar[Tracer | None] = ContextVar("graftwork_block", default=None)
 
 
 def current_tracer() -> Tracer | None:
     """The block that is open in this thread and task."""
-    return _current.get()
+    return current_block.get()
 
 
 class Backend(Protocol):
@@ -239,9 +240,9 @@ class Tracer:
     def __enter__(self) -> Tracer:
         if self.recording.state is not OPEN or self._token is not None:
             raise BlockError.closed("with")
-        if _current.get() is not None:
+        if current_block.get() is not None:
             raise BlockError.block_in_block()
-        self._token = _current.set(self)
+        self._token = current_block.set(self)
         if self._implicit is not None:
             self._implicit.__enter__()
         return self
@@ -253,7 +254,7 @@ class Tracer:
         traceback: TracebackType | None,
     ) -> None:
         assert self._token is not None
-        _current.reset(self._token)
+        current_block.reset(self._token)
         recording = self.recording
         if kind is not None:
             recording.close(ABANDONED)
@@ -282,17 +283,3 @@ def read_in(
         node = recording.graph.append(READ, hook_point, (), None, invoke)
         proxy = recording.current[place] = kind(recording, node, place)
     return proxy
-
-
-def read(tracer: Tracer, hook_point: HookPoint, kind: type[Proxy] = Proxy) -> Proxy:
-    """`read_in` for the open invoke, at its step.
-
-    Raises:
-        BlockError: no invoke is open.
-    """
-    recording = tracer.recording
-    if recording.invoke < 0:
-        raise BlockError.no_invoke(str(hook_point))
-    if recording.step:
-        hook_point = hook_point._replace(step=recording.step)
-    return read_in(recording, recording.invoke, hook_point, kind)
