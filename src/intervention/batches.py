@@ -22,7 +22,7 @@ from .rows import splits, tensors_in
 from .schedule import Schedule
 
 #: Into how many parts of a prompt the positions are sorted where variants start in its middle.
-CUTS = 8
+CUTS = 4
 #: Most padding in a batch, as a share of its tokens.
 PADDING = 0.25
 #: Tokens below which a forward costs about what reading its weights costs, so that padding is free.

@@ -68,6 +68,8 @@ class Execution:
         graph = tracer.recording.graph
         self._run = Run(graph, work, entry.apply_module, entry.parameter)
         shares = any(one.base for one in work.passes)
+        # The smallest batch that did not fit into memory, in tokens.
+        self._too_much: int | None = None
         self._prefix = Prefix(work, self._schedule(work.passes[0])) if shares else None
 
     def run(self) -> Any:
@@ -89,6 +91,9 @@ class Execution:
 
     def _run_or_halve(self, one: Pass) -> list[tuple[Pass, Any]]:
         """Run a pass; if the memory does not hold it, its halves one after the other."""
+        size = self._size(one)
+        if self._too_much is not None and size >= self._too_much and one.halves():
+            return [pair for half in one.halves() for pair in self._run_or_halve(half)]
         state = self._run.checkpoint() if len(one.invokes) > 1 else None
         try:
             result = self._run_pass(one)
@@ -106,10 +111,18 @@ class Execution:
         self._run.restore(state)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        logger.warning(
-            "%d prompts did not fit into memory together: they run in two halves", len(one.invokes)
-        )
+        if self._too_much is None:
+            logger.warning(
+                "%d prompts did not fit into memory together: such batches run in halves",
+                len(one.invokes),
+            )
+        self._too_much = min(size, self._too_much or size)
         return [pair for half in halves for pair in self._run_or_halve(half)]
+
+    def _size(self, one: Pass) -> int:
+        """Tokens of the batch of a pass, padding included; rows where there are no tokens."""
+        prompts = [self._tracer.invokes[invoke].prompt for invoke in one.invokes]
+        return sum(len(p.lengths) for p in prompts) * max(1, *(p.width for p in prompts))
 
     def _too_large(self, one: Pass, error: BaseException) -> MemoryError:
         prompts = [self._tracer.invokes[invoke].prompt for invoke in one.invokes]
