@@ -122,7 +122,8 @@ class Execution:
     def _size(self, one: Pass) -> int:
         """Tokens of the batch of a pass, padding included; rows where there are no tokens."""
         prompts = [self._tracer.invokes[invoke].prompt for invoke in one.invokes]
-        return sum(len(p.lengths) for p in prompts) * max(1, *(p.width for p in prompts))
+        width: int = max(prompt.width for prompt in prompts)
+        return sum(len(prompt.lengths) for prompt in prompts) * max(1, width)
 
     def _too_large(self, one: Pass, error: BaseException) -> MemoryError:
         prompts = [self._tracer.invokes[invoke].prompt for invoke in one.invokes]

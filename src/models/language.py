@@ -401,7 +401,9 @@ class LanguageModel(Model):
             ids = torch.arange(6, device=self._input_device(module)).repeat(2, 1)
             ids[1, -1] += 1
             with self._lock, torch.no_grad():
-                logits = module(input_ids=ids, use_cache=False).logits[:, :-1]
+                mask = torch.ones_like(ids)
+                output = module(input_ids=ids, attention_mask=mask, use_cache=False)
+                logits = output.logits[:, :-1]
             self._causal = not module.training and torch.allclose(
                 logits[0], logits[1], rtol=1e-4, atol=1e-4 * float(logits.abs().max())
             )
