@@ -52,6 +52,9 @@ def explain(model: Described, tracer: Tracer) -> Explanation:
     rows: list[tuple[str, ...]] = []
     total = 0
     for number, one in enumerate(plan.passes, 1):
+        if tracer.generates and not costs.touches_head(one):
+            # transformers unembeds the prompt's last position alone unless it is asked for more.
+            one.positions = 1
         count = sum(len(prompts[i].lengths) for i in one.invokes)
         width = max(prompts[i].width for i in one.invokes)
         own = sum(len(prompts[i].lengths) * prompts[i].width for i in one.invokes)
@@ -79,7 +82,7 @@ def explain(model: Described, tracer: Tracer) -> Explanation:
     )
     titles = ("pass", "prompts", "rows × tokens", "padding", "blocks", "logits", "runs to")
     lines = [
-        f"{len(prompts)} prompts in {len(plan.passes)} passes, "
+        f"{_count(len(prompts), 'prompt')} in {_count(len(plan.passes), 'pass')}, "
         + (
             f"{_flops(total)} of {_flops(naive)} for one whole forward each"
             if costs.known
@@ -87,9 +90,14 @@ def explain(model: Described, tracer: Tracer) -> Explanation:
         )
         + (" (first token)" if tracer.generates else ""),
         *_table(titles, rows),
-        f"{len(tracer.graph.saved_in_order())} values are saved, {_saved_bytes(model, tracer)}.",
+        f"{_count(len(tracer.graph.saved_in_order()), 'value')} saved, {_saved_bytes(model, tracer)}.",
     ]
     return Explanation("\n".join(lines))
+
+
+def _count(number: int, what: str) -> str:
+    plural = "es" if what.endswith("s") else "s"
+    return f"{number} {what}{'' if number == 1 else plural}"
 
 
 def _extent(rows: int, width: int, cut: int) -> str:
@@ -164,6 +172,11 @@ class _Costs:
         last = max(one.starts.values(), default=0)
         joins = f", rows join up to {last}" if last > first else ""
         return f"{first}–{end - 1} of {len(starts)}{joins}"
+
+    def touches_head(self, one: Pass) -> bool:
+        return any(
+            point.path in ("", self._head) and point.port != "result" for point in one.arrivals
+        )
 
     def has_head(self, stop: tuple[str, int] | None) -> bool:
         if self._head is None or stop is None:

@@ -69,7 +69,7 @@ def test_a_sweep_names_its_passes(model: LanguageModel) -> None:
     block, head = 2 * 5 * 12 * WIDTH**2, 2 * WIDTH * VOCABULARY
     assert found == pytest.approx((4 + 6) * block + 4 * head, rel=0.05)
     assert naive == pytest.approx(4 * (4 * block + 5 * head), rel=0.05)
-    assert f"4 values are saved, {4 * VOCABULARY * 4 / 1024:.1f} KiB" in text
+    assert f"4 values saved, {4 * VOCABULARY * 4 / 1024:.1f} KiB" in text
 
 
 def test_it_can_be_asked_inside_the_block_and_needs_no_weights(tmp_path: object) -> None:
