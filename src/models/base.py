@@ -270,7 +270,7 @@ class Model(Envoy):
 
     def parts(self, tracer: Tracer, prompts: dict[int, Any], result: Any) -> dict[int, Any]:
         """What the entry point returned for each prompt of a pass."""
-        raise NotImplementedError
+        raise AssertionError("only a generation has a result, and a plain module has none")
 
     def around(
         self, tracer: Tracer, run: Run, module: torch.nn.Module, prompts: list[Any]
