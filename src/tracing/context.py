@@ -237,6 +237,14 @@ class Tracer:
             raise BlockError("`next()` belongs to an invoke: write `invoker.next()`.")
         return self._implicit.next(steps)
 
+    def __repr__(self) -> str:
+        name = "generate" if self.generates else "trace"
+        if self.recording.state is OPEN and self._token is None:
+            return f"<{name} block that is not open: write `with model.{name}(...) as tracer:`>"
+        prompts = sum(invoker.prompt is not None for invoker in self.invokes)
+        state = self.recording.state
+        return f"<{name} block, {state}: {prompts} prompts, {len(self.graph)} operations>"
+
     def __enter__(self) -> Tracer:
         if self.recording.state is not OPEN or self._token is not None:
             raise BlockError.closed("with")

@@ -999,3 +999,14 @@ def test_tasks_do_not_see_each_others_blocks(toy: Model, x: torch.Tensor) -> Non
     with torch.no_grad():
         for i, value in enumerate(found, 1):
             assert torch.equal(value, toy.load().mid(toy.load().inp(x * i)))
+
+
+def test_block_shows_what_it_is(toy: Model, x: torch.Tensor) -> None:
+    tracer = toy.trace(x)
+    assert (
+        repr(tracer) == "<trace block that is not open: write `with model.trace(...) as tracer:`>"
+    )
+    with tracer:
+        toy.mid.output.sum().save()
+        assert repr(tracer) == "<trace block, open: 1 prompts, 2 operations>"
+    assert repr(tracer) == "<trace block, done: 1 prompts, 2 operations>"
