@@ -1,8 +1,8 @@
 """Owns the way from a graph to a `Plan`. Each function is one pass of the planner; none of them
 touches a model, and `Settings` switches each off, to compare results.
 
-lint → dead code → order (waves) → micro-batches and prefix reuse → less head. Where a pass stops and
-what is freed when is decided while it runs, from the same plan.
+dead code → order (waves; refuses what has no order) → micro-batches and prefix reuse → less head. Where
+a pass stops and what is freed when is decided while it runs, from the same plan.
 """
 
 from __future__ import annotations

@@ -555,9 +555,11 @@ class Run:
                 raise StepError.never_ran(read.describe(), read.location, self._reason(read))
 
     def close(self) -> None:
-        """Break the cycle with the interpreter, so that nothing waits for the garbage collector."""
+        """Break the cycles and let go of what is left, also after a failed run: nothing may wait for
+        the garbage collector."""
         del self._interpreter
         self._schedule = None
+        self.values.clear()
 
 
 def _opaque(value: Any) -> Opaque | None:

@@ -287,9 +287,10 @@ class Model(Envoy):
 
     def batch_class(self, tracer: Tracer, invoke: int) -> Hashable:
         """Prompts of one class can be batched."""
-        return invoke if self._mixes_rows() else self._shape_class(tracer.invokes[invoke].prompt)
+        kind: Hashable = self._shape_class(tracer.invokes[invoke].prompt)
+        return kind
 
-    def _mixes_rows(self) -> bool:
+    def mixes_rows(self) -> bool:
         """True if a module computes a row from other rows too, or has its batch on another axis."""
         return any(
             getattr(child, "batch_first", True) is False

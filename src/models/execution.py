@@ -74,6 +74,12 @@ class Execution:
 
     def run(self) -> Any:
         """Run all passes; gives what the entry point returned, None where it stopped early."""
+        try:
+            return self._run_passes()
+        finally:
+            self._run.close()
+
+    def _run_passes(self) -> Any:
         passes = self._plan.passes
         done: list[tuple[Pass, Any]] = []
         if len(passes) == 1:
@@ -86,7 +92,6 @@ class Execution:
         result = self._entry.join(self._tracer, ran, results)
         self._run.conclude(result)
         self._run.finish()
-        self._run.close()
         return result
 
     def _run_or_halve(self, one: Pass) -> list[tuple[Pass, Any]]:

@@ -14,6 +14,8 @@ class Host(Protocol):
 
     def schedule(self, prompt: Any = None, tracer: Tracer | None = None) -> Schedule: ...
 
+    def mixes_rows(self) -> bool: ...
+
     def batch_class(self, tracer: Tracer, invoke: int) -> Hashable: ...
 
     def identity(self, tracer: Tracer, prompt: Any) -> Hashable: ...
@@ -33,17 +35,29 @@ class BlockFacts:
     def __init__(self, host: Host, tracer: Tracer) -> None:
         self._host = host
         self._tracer = tracer
+        # Asked for again and again while one block is planned, and always the same in it.
+        self._known: Schedule | None = None
+        self._classes: dict[int, Hashable] = {}
+        self._mixes: bool | None = None
 
     @property
     def generates(self) -> bool:
         return self._tracer.generates
 
     def schedule(self) -> Schedule:
-        first = next(i.prompt for i in self._tracer.invokes if i.prompt is not None)
-        return self._host.schedule(first, self._tracer)
+        if self._known is None:
+            first = next(i.prompt for i in self._tracer.invokes if i.prompt is not None)
+            self._known = self._host.schedule(first, self._tracer)
+        return self._known
 
     def batch_class(self, invoke: int) -> Hashable:
-        return self._host.batch_class(self._tracer, invoke)
+        if self._mixes is None:
+            self._mixes = self._host.mixes_rows()
+        if self._mixes:
+            return invoke
+        if invoke not in self._classes:
+            self._classes[invoke] = self._host.batch_class(self._tracer, invoke)
+        return self._classes[invoke]
 
     def extent(self, invoke: int) -> tuple[int, int]:
         prompt = self._tracer.invokes[invoke].prompt

@@ -196,7 +196,7 @@ class LanguageModel(Model):
     def _kind_of(self, prompt: Any) -> str:
         return ""
 
-    def _mixes_rows(self) -> bool:
+    def mixes_rows(self) -> bool:
         return False
 
     def _trial_inputs(

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .errors import OperationError, near
+from .errors import near
 from .structure import children, rebuild
 
 PURE, VIEW, IN_PLACE = "pure", "view", "in place"
@@ -311,15 +311,3 @@ def function_operation(function: Callable[..., Any]) -> Operation:
         known = OPERATORS.get(name) or _named(name, function)
         _functions[function] = known
     return known
-
-
-def method_operation(name: str) -> Operation:
-    """The operation of a tensor method.
-
-    Raises:
-        OperationError: tensors have no such method.
-    """
-    try:
-        return METHODS[name]
-    except KeyError:
-        raise OperationError(f"a tensor has no method `{name}`. {near(name, METHODS)}") from None

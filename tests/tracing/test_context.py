@@ -1010,3 +1010,27 @@ def test_block_shows_what_it_is(toy: Model, x: torch.Tensor) -> None:
         toy.mid.output.sum().save()
         assert repr(tracer) == "<trace block, open: 1 prompts, 2 operations>"
     assert repr(tracer) == "<trace block, done: 1 prompts, 2 operations>"
+
+
+def test_failed_run_keeps_no_value_until_the_garbage_collector_comes(
+    toy: Model, x: torch.Tensor
+) -> None:
+    seen: list[weakref.ref[torch.Tensor]] = []
+
+    def note(value: torch.Tensor) -> torch.Tensor:
+        doubled = value * 2
+        seen.append(weakref.ref(doubled))
+        return doubled
+
+    def fail(value: torch.Tensor) -> torch.Tensor:
+        raise ZeroDivisionError
+
+    gc.disable()
+    try:
+        with pytest.raises(ZeroDivisionError), toy.trace(x):
+            early = graftwork.apply(note, toy.inp.output)
+            late = graftwork.apply(fail, toy.mid.output)
+            (early + late).sum().save()  # `early` waits for `late`
+        assert seen[0]() is None
+    finally:
+        gc.enable()
