@@ -211,6 +211,8 @@ class Envoy:
             return self.get(index)
         if isinstance(index, slice):
             return [self.get(name) for name in names[index]]
+        if hasattr(index, "__index__"):
+            return self[index.__index__()]
         raise OperationError(
             f"`{path}` is a module and is indexed by number or name; for its value write "
             f"`{path}.output[...]`."

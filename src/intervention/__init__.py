@@ -1,5 +1,6 @@
 """When and where it happens: schedule, shapes, plan, run, hooks. It knows modules, not models."""
 
+from .demand import Known, Part, Places, gradients_untouched, resume, same_draws
 from .patcher import Patcher, at_path
 from .plan import Facts, Pass, Plan, Settings
 from .planner import plan
@@ -10,8 +11,11 @@ from .shapes import Shapes, Structure
 
 __all__ = [
     "Facts",
+    "Known",
+    "Part",
     "Pass",
     "Patcher",
+    "Places",
     "Plan",
     "Prefix",
     "Run",
@@ -21,7 +25,10 @@ __all__ = [
     "Stop",
     "Structure",
     "at_path",
+    "gradients_untouched",
     "measure",
     "no_grad",
     "plan",
+    "resume",
+    "same_draws",
 ]

@@ -10,6 +10,8 @@ import dataclasses
 from collections.abc import Hashable
 from typing import Protocol
 
+import torch
+
 from ..tracing.node import HookPoint, Node
 from .schedule import Schedule
 
@@ -142,6 +144,22 @@ class Pass:
 
 
 @dataclasses.dataclass(slots=True)
+class Resume:
+    """Hidden states that go from one run of a block to the next, each as the number of the block of
+    the chain and its output [row, token, d_model].
+
+    Attributes:
+        starts: for each invoke that starts from some, those.
+        keeps: for each invoke whose hidden states are kept, the block.
+        found: what was kept.
+    """
+
+    starts: dict[int, tuple[int, torch.Tensor]] = dataclasses.field(default_factory=dict)
+    keeps: dict[int, int] = dataclasses.field(default_factory=dict)
+    found: dict[int, tuple[int, torch.Tensor]] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(slots=True)
 class Plan:
     """The work of one block.
 
@@ -151,6 +169,7 @@ class Plan:
         passes: in order.
         chain: paths of the blocks that passes may start in.
         settings: what was switched on.
+        resume: hidden states of earlier runs of the block, and for later ones.
     """
 
     live: bytearray
@@ -158,3 +177,4 @@ class Plan:
     passes: list[Pass]
     chain: tuple[str, ...]
     settings: Settings
+    resume: Resume | None = None

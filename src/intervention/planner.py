@@ -37,9 +37,10 @@ def plan(graph: Graph, prompted: Sequence[int], facts: Facts, settings: Settings
     users = users_of(graph, live)
     uses = edges(graph, live, facts.schedule) if graph.writes else []
     known: Schedule | None = None
+    passes: list[Pass] = []
     if len(prompted) == 1:
         passes = [Pass(list(prompted))]
-    else:
+    elif prompted:
         together = next(_whole_batch(graph, live, set(prompted)), None)
         known = _measured(facts)
         logits = not settings.less_head or _wants_all_logits(graph, users, live, facts)

@@ -18,7 +18,7 @@ import torch
 from ..tracing.errors import BlockError
 from ..tracing.node import HookPoint
 from ..tracing.structure import ATOMS, children, leaves, map_leaves, rebuild
-from .plan import Pass, Plan
+from .plan import Pass, Plan, Resume
 from .rows import BATCH, Place, TensorAxes, map_axes, matching, narrow
 from .run import Front, Run
 from .schedule import Schedule
@@ -39,6 +39,10 @@ class Prefix:
         self._kept: dict[tuple[int, int], torch.Tensor] = {}
         self._stands = {invoke: invoke for one in plan.passes if one.base for invoke in one.invokes}
         self._stands.update(pair for one in plan.passes for pair in one.shared.items())
+        self._resume = plan.resume or Resume()
+        for invoke, (block, hidden) in self._resume.starts.items():
+            self._stands[invoke] = invoke
+            self._kept[invoke, block] = hidden
         self._caches: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self._left: dict[tuple[int, int], int] = {}
         for one in plan.passes:
@@ -58,15 +62,19 @@ class Prefix:
     def keep(
         self, one: Pass, block: int, output: Any, places: dict[int, Place] | None, rows: int
     ) -> None:
-        """Keep the output of a block in a base pass."""
+        """Keep the output of a block for later passes of this run, or for later runs."""
         hidden = next(leaf for leaf in leaves(output) if isinstance(leaf, torch.Tensor))
         for invoke in one.invokes:
-            if (invoke, block) not in self._left:
+            later = self._resume.keeps.get(invoke) == block
+            if not later and (invoke, block) not in self._left:
                 continue
             own = hidden
             if places is not None:
                 own = narrow(hidden, self._axes(block), places[invoke], rows, 1)
-            self._kept[invoke, block] = own.clone()
+            if later:
+                self._resume.found[invoke] = (block, own.clone())
+            else:
+                self._kept[invoke, block] = own.clone()
 
     def _joining(self, one: Pass, invokes: list[int], run: Run) -> torch.Tensor:
         """Hidden states of the rows that join after a block; zeros where there is padding."""

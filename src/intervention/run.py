@@ -159,7 +159,7 @@ class Run:
         self._shared = one.shared
         self._members = {*extents, *one.shared}
         self._outstanding = wanted + len(one.keep)
-        self._may_stop = may_stop
+        self._may_stop = may_stop and not self._results
         self._whole = whole
         self._schedule = schedule
         self._known = None
@@ -399,6 +399,7 @@ class Run:
     def _is_new(self, node: Any) -> bool:
         """True if the value of `node`, a tensor, is new memory that one other node uses."""
         users = self.plan.users[node.index]
+        node = self.graph.nodes[node.index]  # in a part of a block, a known value stands for it
         if node.kind != CALL or users is None or len(users) != 1:
             return False
         operation = node.target

@@ -13,10 +13,27 @@ from typing import Any
 import torch
 
 from ..envoy import Alias, Envoy
-from ..intervention import Pass, Plan, Run, Schedule, Shapes, at_path, measure, no_grad, plan
+from ..intervention import (
+    Known,
+    Part,
+    Pass,
+    Places,
+    Plan,
+    Run,
+    Schedule,
+    Shapes,
+    at_path,
+    gradients_untouched,
+    measure,
+    no_grad,
+    plan,
+    resume,
+    same_draws,
+)
 from ..intervention.rows import bytes_each
 from ..tracing.context import Tracer
 from ..tracing.errors import BlockError, LoadError, ScheduleError, UnknownModuleError
+from ..tracing.node import Node
 from ..tracing.structure import ATOMS, leaves, map_leaves
 from .execution import Execution, free_memory, settings_of
 from .explain import Explanation, explain
@@ -239,6 +256,47 @@ class Model(Envoy):
 
     def execute(self, tracer: Tracer) -> Any:
         """Plan a finished block, load the weights if they are not loaded, and run it."""
+        known: Known | None = tracer.recording.known
+        if known is None:
+            return self.run(tracer)
+        places = self._places(tracer)
+        known.update(tracer, places)
+        return self._run_part(tracer, known, known.rest(tracer, places))
+
+    def demand(self, tracer: Tracer, node: Node) -> Any:
+        """The value of a node of a block that is still open: runs what it needs."""
+        known: Known = tracer.recording.known or Known()
+        tracer.recording.known = known
+        places = self._places(tracer)
+        known.update(tracer, places)
+        if node.index not in known.values:
+            part = known.part(tracer, node, places)
+            untouched: AbstractContextManager[None] = nullcontext()
+            if getattr(tracer.graph, "backwards", None):
+                untouched = gradients_untouched(tracer.graph, self.load().parameters())
+            with untouched:
+                self._run_part(tracer, known, part)
+            value = part.value(node)
+        else:
+            value = known.values[node.index]
+        return map_leaves(_own, value)
+
+    def _places(self, tracer: Tracer) -> Places:
+        may_start = not tracer.generates and settings_of(tracer.settings).prefix_reuse
+        return Places(BlockFacts(self, tracer).schedule, may_start and self.may_share(tracer))
+
+    def _run_part(self, tracer: Tracer, known: Known, part: Part) -> Any:
+        settings = dataclasses.replace(settings_of(tracer.settings), dead_code=True)
+        draws: AbstractContextManager[None] = nullcontext()
+        if tracer.generates or any(child.training for child in self.tree().modules()):
+            draws = same_draws(known, part.whole)
+        with draws:
+            result = self.run(tracer.of_part(part, settings))
+        known.learn(part)
+        return result
+
+    def run(self, tracer: Tracer) -> Any:
+        """Plan and run a block, or a part of one."""
         graph = tracer.recording.graph
         if any(i.prompt is not None and i.prompt.needs_grad for i in tracer.invokes):
             graph.needs_grad = True
@@ -261,12 +319,19 @@ class Model(Envoy):
             OrderError: it cannot be put in an order.
         """
         prompted = [i.index for i in tracer.invokes if i.prompt is not None]
-        if not prompted:
+        part: Part | None = tracer.part
+        if part is not None and part.only is not None:
+            prompted = [index for index in prompted if index in part.only]
+        elif not prompted:
             raise BlockError.empty()
         settings = settings_of(tracer.settings)
         if not causal:
             settings = dataclasses.replace(settings, causal=False)
-        return plan(tracer.recording.graph, prompted, BlockFacts(self, tracer), settings)
+        facts = BlockFacts(self, tracer)
+        work = plan(tracer.recording.graph, prompted, facts, settings)
+        if part is not None and (part.resume.starts or part.resume.keeps):
+            resume(work, part, facts.schedule().chain)
+        return work
 
     def parts(self, tracer: Tracer, prompts: dict[int, Any], result: Any) -> dict[int, Any]:
         """What the entry point returned for each prompt of a pass."""
@@ -279,7 +344,7 @@ class Model(Envoy):
         return nullcontext()
 
     def may_stop(self, tracer: Tracer, module: torch.nn.Module) -> bool:
-        if tracer.generates or tracer.uses_output:
+        if (tracer.part is None or tracer.part.whole) and (tracer.generates or tracer.uses_output):
             return False
         # Offloaded weights go back after a module's forward; leaving one half-way would keep them.
         places = getattr(module, "hf_device_map", {}).values()
@@ -417,6 +482,11 @@ class Model(Envoy):
 
 def _clone(leaf: Any) -> Any:
     return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
+
+
+def _own(leaf: Any) -> Any:
+    """A tensor for the user: no other holds its memory, and no gradient hangs on it."""
+    return leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf
 
 
 def _tensor_at(module: torch.nn.Module, path: str) -> torch.Tensor:

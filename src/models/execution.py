@@ -67,7 +67,7 @@ class Execution:
         self._module = module
         graph = tracer.recording.graph
         self._run = Run(graph, work, entry.apply_module, entry.parameter)
-        shares = any(one.base for one in work.passes)
+        shares = any(one.base or one.starts or one.keep for one in work.passes)
         # The smallest batch that did not fit into memory, in tokens.
         self._too_much: int | None = None
         self._prefix = Prefix(work, self._schedule(work.passes[0])) if shares else None
@@ -157,7 +157,7 @@ class Execution:
         extents = {i: (len(p.lengths), p.width) for i, p in prompts.items()}
         whole = any(invoker.prompt is None for invoker in tracer.invokes)
         run.begin(one, extents, lambda: self._schedule(one), may_stop, whole)
-        if may_stop and not run.sites and not one.keep:
+        if may_stop and not (run.sites or one.keep or run.wants_result):
             return None
         skipping: AbstractContextManager[Any] = nullcontext()
         if prefix is not None:

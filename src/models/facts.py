@@ -64,6 +64,8 @@ class BlockFacts:
         return len(prompt.lengths), max(1, prompt.width)
 
     def identity(self, invoke: int) -> Hashable:
+        if self._tracer.part is not None and invoke in self._tracer.part.resume.starts:
+            return None  # its writes that earlier runs have carried out are not in the graph
         return self._host.identity(self._tracer, self._tracer.invokes[invoke].prompt)
 
     def budget(self, all_logits: bool) -> int:

@@ -296,10 +296,10 @@ class LanguageModel(Model):
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TextPrompt:
         return self._reader.read(args, kwargs)
 
-    def execute(self, tracer: Tracer) -> Any:
+    def run(self, tracer: Tracer) -> Any:
         if tracer.generates and self._reader.limit is not None:
             self._check_length(tracer, self._reader.limit)
-        return super().execute(tracer)
+        return super().run(tracer)
 
     def _check_length(self, tracer: Tracer, limit: int) -> None:
         new = tracer.kwargs.get("max_new_tokens")
@@ -549,7 +549,7 @@ class LanguageModel(Model):
         return {index: type(result)(sequences=own) for index, own in found.items()}
 
     def join(self, tracer: Tracer, passes: list[Pass], results: list[Any]) -> Any:
-        if not tracer.generates:
+        if not tracer.generates or any(result is None for result in results):
             return super().join(tracer, passes, results)
         parts: dict[int, tuple[Any, int]] = {}
         for one, result in zip(passes, results, strict=True):

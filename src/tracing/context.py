@@ -6,6 +6,7 @@ not see each other's blocks.
 
 from __future__ import annotations
 
+import copy
 from contextvars import ContextVar, Token
 from types import TracebackType
 from typing import Any, Protocol
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 from .errors import BlockError, Location, NotRunError
 from .experiment import Experiment
 from .graph import Graph
-from .node import READ, HookPoint, user_line
+from .node import READ, HookPoint, Node, user_line
 from .proxy import Proxy
 from .recording import ABANDONED, DONE, FAILED, OPEN, RUNNING, Oracle, Recording
 
@@ -34,6 +35,9 @@ class Backend(Protocol):
 
     def execute(self, tracer: Tracer) -> Any:
         """Run the block and return what the entry point returned, or None if it stopped early."""
+
+    def demand(self, tracer: Tracer, node: Node) -> Any:
+        """Run what is recorded so far as far as the value of `node` needs it, and return that."""
 
     def explain(self, tracer: Tracer) -> Any:
         """A text about the plan of the block."""
@@ -102,6 +106,7 @@ class Tracer:
         invokes: in the order they were opened.
         uses_output: `output` was used inside the block, so the forward must not stop early.
         settings: which passes of the planner run.
+        part: for a run of a part of a block, which part; None for the whole.
         recording: the graph and its state.
     """
 
@@ -126,7 +131,9 @@ class Tracer:
         self.uses_output = False
         self._token: Token[Tracer | None] | None = None
         self.location = user_line(3)
+        self.part: Any = None
         self.recording = Recording(backend.oracle(self))
+        self.recording.compute = self._compute
         self._implicit: Invoker | None = None
         if args or prompt_kwargs:
             prompt = backend.prepare(args, prompt_kwargs)
@@ -201,6 +208,22 @@ class Tracer:
             Text that shows itself in a notebook; `print(tracer.explain())` elsewhere.
         """
         return self._backend.explain(self)
+
+    def _compute(self, node: Node) -> Any:
+        # What a function of the user does in this run is not written in the block.
+        token = current_block.set(None)
+        try:
+            return self._backend.demand(self, node)
+        finally:
+            current_block.reset(token)
+
+    def of_part(self, part: Any, settings: Any) -> Tracer:
+        """This block as it is for a run of a part of it: with another graph and other settings."""
+        again = copy.copy(self)
+        again.part, again.settings = part, settings
+        again.recording = copy.copy(self.recording)
+        again.recording.graph = part.graph
+        return again
 
     def compile(self) -> Experiment:
         """The block as an experiment that runs again on other prompts. See `Experiment`."""

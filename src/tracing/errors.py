@@ -173,6 +173,13 @@ class NotRunError(GraftworkError):
         )
 
     @classmethod
+    def no_values(cls, use: str, what: str, reason: str, location: Location) -> NotRunError:
+        return cls(
+            f"`{use}` needs the real value of {what}, and {reason}. Save it and use it after the "
+            f"block, or give the computation to `graftwork.apply(function, proxy)`. Used at {location}"
+        )
+
+    @classmethod
     def abandoned(cls, what: str) -> NotRunError:
         return cls(f"{what} has no value: its block was left by an exception, so nothing ran.")
 

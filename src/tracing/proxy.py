@@ -242,7 +242,9 @@ class Proxy:
     def __contains__(self, item: Any) -> bool:
         if self._recording.state is OPEN and isinstance(item, str):
             return item in self._recording.ask().value(_current(self))
-        return _unwrap(item) in self._on_demand("in")
+        if isinstance(item, Proxy):
+            item = item._on_demand("in")
+        return item in self._on_demand("in")
 
     # ---------------------------------------------------------------- attributes and calls
 
@@ -256,7 +258,7 @@ class Proxy:
         if name in _SHAPE_METHODS or name in _SHAPE_PROPERTIES:
             return getattr(self._recording.ask().value(_current(self)), name)
         if name in _ON_DEMAND:
-            self._on_demand(f".{name}()")
+            return lambda *args: getattr(self._on_demand(f".{name}()"), name)(*args)
         if name in ("backward", "grad"):
             raise OperationError(
                 f"`.{name}` inside a block is not supported yet. Save the value and take gradients "
@@ -301,9 +303,17 @@ class Proxy:
             graph.append(CALL, operation, (_current(self), *lowered), options, recording.invoke),
         )
 
-    # ---------------------------------------------------------------- values that a block cannot know
+    # ---------------------------------------------------------------- values on demand
 
     def _on_demand(self, use: str) -> Any:
+        """The real value: inside the block, what is recorded so far runs up to it."""
+        recording = self._recording
+        if recording.state is not OPEN:
+            return self._known()
+        return recording.demand(_current(self), use)
+
+    def _after(self, use: str) -> Any:
+        """The saved value, for what has no meaning inside the block."""
         if self._recording.state is not OPEN:
             return self._known()
         raise NotRunError.on_demand(use, self._node.describe(), user_line(2))
@@ -324,7 +334,7 @@ class Proxy:
         return self._on_demand("use as an index").__index__()  # type: ignore[no-any-return]
 
     def __format__(self, spec: str) -> str:
-        return format(self._on_demand("format()"), spec) if spec else str(self)
+        return format(self._on_demand("format()"), spec)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
         array = np.asarray(self._on_demand("numpy"), dtype=dtype)
@@ -332,28 +342,30 @@ class Proxy:
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
         # `array + proxy` ends here, too.
-        if self._recording.state is not OPEN:
-            arrays = [np.asarray(x) if isinstance(x, torch.Tensor) else x for x in _unwrap(inputs)]
-            return torch.from_numpy(np.asarray(getattr(ufunc, method)(*arrays, **_unwrap(kwargs))))
         operation = _UFUNCS.get(ufunc.__name__)
-        if operation is None or method != "__call__" or kwargs:
-            raise NotRunError.on_demand(
-                f"numpy.{ufunc.__name__}", self._node.describe(), user_line(1)
-            )
-        return getattr(operator, operation)(*map(_tensor, inputs))
+        if self._recording.state is OPEN and operation and method == "__call__" and not kwargs:
+            return getattr(operator, operation)(*map(_tensor, inputs))
+
+        def real(leaf: Any) -> Any:
+            if isinstance(leaf, Proxy):
+                leaf = leaf._on_demand(f"numpy.{ufunc.__name__}")
+            return np.asarray(leaf) if isinstance(leaf, torch.Tensor) else leaf
+
+        arrays, options = map_leaves(real, inputs), map_leaves(real, kwargs)
+        return torch.from_numpy(np.asarray(getattr(ufunc, method)(*arrays, **options)))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A saved proxy is pickled as its value, so that `torch.load` needs no trust in our names.
-        value = self._on_demand("pickle")
+        value = self._after("pickle")
         if isinstance(value, torch.Tensor):
             return value.__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
         return _identity, (value,)
 
     def __copy__(self) -> Any:
-        return copy.copy(self._on_demand("copy"))
+        return copy.copy(self._after("copy"))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return copy.deepcopy(self._on_demand("copy"), memo)
+        return copy.deepcopy(self._after("copy"), memo)
 
     def __dir__(self) -> list[str]:
         if self._recording.state is OPEN:

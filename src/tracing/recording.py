@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 
+from .errors import NotRunError
 from .graph import Box, Graph
-from .node import HookPoint, Node
+from .node import HookPoint, Node, user_line
 
 OPEN, RUNNING, DONE, FAILED, ABANDONED = "open", "running", "done", "failed", "abandoned"
 
@@ -36,9 +38,23 @@ class Recording:
         current: per invoke and hook point, the proxy of what is there now (see `Proxy`).
         saved: the proxies that `save()` returned, until the block has ended.
         oracle: shapes on demand; None once the block has ended.
+        compute: runs what is recorded so far up to a node, for its value.
+        known: what such runs have found, until the block has ended.
+        no_values: why no value can be had here; None where it can.
     """
 
-    __slots__ = ("current", "graph", "invoke", "oracle", "saved", "state", "step")
+    __slots__ = (
+        "compute",
+        "current",
+        "graph",
+        "invoke",
+        "known",
+        "no_values",
+        "oracle",
+        "saved",
+        "state",
+        "step",
+    )
 
     def __init__(self, oracle: Oracle) -> None:
         self.graph = Graph()
@@ -48,6 +64,9 @@ class Recording:
         self.current: dict[tuple[int, HookPoint], Any] = {}
         self.saved: list[Any] = []
         self.oracle: Oracle | None = oracle
+        self.compute: Callable[[Node], Any] | None = None
+        self.known: Any = None
+        self.no_values: str | None = None
 
     def close(self, state: str) -> None:
         """End the block. What was delivered belongs to the user's proxies alone from here on: no
@@ -59,11 +78,26 @@ class Recording:
             handle._parent = None
         self.saved.clear()
         self.graph.release()
-        self.oracle = None
+        self.oracle = self.compute = self.known = None
 
     def ask(self) -> Oracle:
         assert self.oracle is not None, "an open block has an oracle"
         return self.oracle
+
+    def demand(self, node: Node, use: str) -> Any:
+        """The real value of `node`, while the block is open.
+
+        Raises:
+            NotRunError: there are no values here.
+        """
+        if self.no_values is not None or self.compute is None:
+            reason = self.no_values or "this block runs elsewhere"
+            raise NotRunError.no_values(use, node.describe(), reason, user_line(3))
+        self.state = RUNNING
+        try:
+            return self.compute(node)
+        finally:
+            self.state = OPEN
 
     def save(self, node: Node) -> Box:
         box = Box(len(self.graph.saves))

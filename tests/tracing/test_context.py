@@ -875,30 +875,6 @@ def test_misspelt_field_says_what_there_is(toy: Model, x: torch.Tensor) -> None:
             toy.mid.output.meen.save()
 
 
-@pytest.mark.parametrize(
-    "use",
-    [
-        lambda h: 1 if h.sum() > 0 else 2,
-        lambda h: float(h.sum()),
-        lambda h: int(h.sum()),
-        lambda h: h.sum().item(),
-        lambda h: h.tolist(),
-        lambda h: h.numpy(),
-        lambda h: np.asarray(h),
-        lambda h: [1, 2][h.argmax()],
-        lambda h: f"{h.sum():.2f}",
-        lambda h: pickle.dumps(h),
-        lambda h: 3.0 in h,
-        lambda h: h.sum() > 0 and 1,
-    ],
-    ids=range(12),
-)
-def test_real_value_needed_in_the_block(toy: Model, x: torch.Tensor, use: Any) -> None:
-    with toy.trace(x):
-        with pytest.raises(GraftworkError, match=rf"real value of.*graftwork\.apply.*{HERE}"):
-            use(toy.mid.output)
-
-
 def test_function_that_changes_its_argument(toy: Model, x: torch.Tensor) -> None:
     def spoil(value: torch.Tensor) -> torch.Tensor:
         return value.add_(1)
