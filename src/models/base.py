@@ -39,6 +39,7 @@ from .execution import Execution, free_memory, settings_of
 from .explain import Explanation, explain
 from .facts import BlockFacts
 from .loading import meta_copy
+from .scan import Scan
 
 logger = logging.getLogger("graftwork")
 
@@ -233,6 +234,18 @@ class Model(Envoy):
             kwargs={},
             settings=settings,
         )
+
+    def scan(self, *args: Any, **kwargs: Any) -> Tracer:
+        """As `trace`, on values without numbers: no weights are loaded and nothing runs.
+
+        At the exit, shapes, order and names are checked; saved values are meta tensors.
+
+        Raises:
+            InputError: the prompt cannot be read.
+        """
+        tracer = self.trace(*args, **kwargs)
+        tracer.scans(Scan(self))
+        return tracer
 
     def invoke(self, *args: Any, **kwargs: Any) -> Tracer:
         """The same as `trace` with a prompt."""

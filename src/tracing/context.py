@@ -209,6 +209,12 @@ class Tracer:
         """
         return self._backend.explain(self)
 
+    def scans(self, backend: Backend) -> None:
+        """Let another backend end this block, which has no values."""
+        self._backend = backend
+        self.location = user_line(3)
+        self.recording.no_values = "inside `scan` there are no values"
+
     def _compute(self, node: Node) -> Any:
         # What a function of the user does in this run is not written in the block.
         token = current_block.set(None)

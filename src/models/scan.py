@@ -1,0 +1,103 @@
+"""Owns `scan`: a block that is checked on values without numbers, and never loads the weights."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException
+
+from ..intervention import Plan, Shapes
+from ..intervention.rows import Misfit, Opaque, fit
+from ..tracing.context import Tracer
+from ..tracing.errors import NotRunError, ScheduleError, ShapeError
+from ..tracing.graph import arguments
+from ..tracing.node import READ, WRITE, Node
+from ..tracing.structure import leaves, map_leaves
+
+
+class Scanned(Protocol):
+    """What a scan needs of a model."""
+
+    def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
+
+    def oracle(self, tracer: Tracer) -> Shapes: ...
+
+    def explain(self, tracer: Tracer) -> Any: ...
+
+    def plan(self, tracer: Tracer) -> Plan: ...
+
+
+class Scan:
+    """Ends a block by evaluating what it recorded on meta tensors."""
+
+    def __init__(self, model: Scanned) -> None:
+        self._model = model
+        self.prepare, self.oracle, self.explain = model.prepare, model.oracle, model.explain
+
+    def demand(self, tracer: Tracer, node: Node) -> Any:
+        raise AssertionError("the recording of a scan says that it has no values")
+
+    def execute(self, tracer: Tracer) -> Any:
+        """Check every recorded node; saved values become meta tensors.
+
+        Raises:
+            OrderError: a write needs a later value.
+            ShapeError: a written value does not fit.
+        """
+        self._model.plan(tracer)
+        graph, shapes = tracer.graph, self._model.oracle(tracer)
+        unknown: dict[int, NotRunError] = {}
+        result = None
+        for node in graph.nodes:
+            reason = next((unknown[a.index] for a in arguments(node) if a.index in unknown), None)
+            if reason is None:
+                try:
+                    value = shapes.value(node)
+                except (NotRunError, DataDependentOutputException):
+                    # What the numbers decide is left to the run.
+                    reason = NotRunError.on_demand("scan", node.describe(), node.location)
+            if reason is not None:
+                unknown[node.index] = reason
+                continue
+            if node.kind == READ and not node.target.path and node.target.port == "output":
+                result = _meta(value)
+            if node.kind == WRITE:
+                _check(node, _at(shapes, node), value)
+        for node, box in graph.saves:
+            box.error = unknown.get(node.index)
+            if box.error is None:
+                value = shapes.value(node)
+                opaque = next((leaf for leaf in leaves(value) if isinstance(leaf, Opaque)), None)
+                if opaque is not None:
+                    box.error = ScheduleError.shared(node.describe(), node.location, opaque.reason)
+                else:
+                    box.value, box.full = _meta(value), True
+        return result
+
+
+def _at(shapes: Shapes, write: Node) -> Any:
+    """What the model itself has at the place of a write."""
+    return shapes.value(
+        Node(-1 - write.index, READ, write.target, (), {}, write.invoke, write.file, write.line)
+    )
+
+
+def _check(write: Node, expected: Any, found: Any) -> None:
+    if any(isinstance(leaf, Opaque) for leaf in leaves(expected)):
+        return
+    try:
+        fit(_meta(expected), _meta(found))
+    except Misfit as misfit:
+        raise ShapeError.write(
+            write.describe(), write.location, misfit.expected, misfit.found
+        ) from None
+
+
+def _meta(value: Any) -> Any:
+    def plain(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        return torch.empty(tuple(leaf.shape), dtype=leaf.dtype, device="meta")
+
+    return map_leaves(plain, value)
