@@ -16,8 +16,9 @@ from ..tracing.context import Tracer
 from ..tracing.errors import InputError, NotRunError, OperationError, ScheduleError
 from ..tracing.graph import arguments
 from ..tracing.interpreter import Interpreter
-from ..tracing.node import CALL, READ, Captured, HookPoint, Node
+from ..tracing.node import CALL, READ, Captured, HookPoint, Later, Node
 from ..tracing.operations import ELEMENT, GETITEM
+from ..tracing.structure import map_leaves
 from .rows import TOKEN, UNKNOWN, Opaque, TensorAxes, map_axes
 from .schedule import SIZES, Schedule
 
@@ -306,3 +307,16 @@ class _MetaInterpreter(Interpreter):
 
     def _captured(self, node: Node, captured: Captured) -> torch.Tensor:
         return torch.empty_like(captured.tensor, device="meta")
+
+    def _later(self, node: Node, later: Later) -> Any:
+        source = later.source
+        value = later.value() if source is None or source.oracle is None else None
+        if value is None:
+            value = source.ask().value(later.node)  # fake, and of another mode
+
+        def shape(leaf: Any) -> Any:
+            if not isinstance(leaf, torch.Tensor):
+                return leaf
+            return torch.empty(tuple(leaf.shape), dtype=leaf.dtype, device="meta")
+
+        return map_leaves(shape, value)

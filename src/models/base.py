@@ -34,6 +34,7 @@ from ..intervention.rows import bytes_each
 from ..tracing.context import Tracer
 from ..tracing.errors import BlockError, LoadError, ScheduleError, UnknownModuleError
 from ..tracing.node import Node
+from ..tracing.session import Session
 from ..tracing.structure import ATOMS, leaves, map_leaves
 from .execution import Execution, free_memory, settings_of
 from .explain import Explanation, explain
@@ -246,6 +247,10 @@ class Model(Envoy):
         tracer = self.trace(*args, **kwargs)
         tracer.scans(Scan(self))
         return tracer
+
+    def session(self) -> Session:
+        """Blocks opened inside run when the session ends; values flow between them unsaved."""
+        return Session()
 
     def invoke(self, *args: Any, **kwargs: Any) -> Tracer:
         """The same as `trace` with a prompt."""

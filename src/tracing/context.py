@@ -14,17 +14,38 @@ from typing import Any, Protocol
 from .errors import BlockError, Location, NotRunError
 from .experiment import Experiment
 from .graph import Graph
-from .node import READ, HookPoint, Node, user_line
+from .node import READ, HookPoint, Later, Node, user_line
 from .proxy import Proxy
 from .recording import ABANDONED, DONE, FAILED, OPEN, RUNNING, Oracle, Recording
+from .structure import leaves
+
+
+class Block:
+    """What may be open in a thread: a block or a session of blocks."""
+
+    model: Any
+    recording: Recording
+
+    def admit(self, tracer: Tracer) -> Block | None:
+        """Who runs a block that opens inside this one; None if it runs by itself.
+
+        Raises:
+            BlockError: no block may open here.
+        """
+        raise BlockError.block_in_block()
+
+    def leave(self, tracer: Tracer, abandoned: bool) -> None:
+        """A block that was taken in ends."""
+
 
 #: The block that is open in this thread and task.
-current_block: ContextVar[Tracer | None] = ContextVar("graftwork_block", default=None)
+current_block: ContextVar[Block | None] = ContextVar("graftwork_block", default=None)
 
 
 def current_tracer() -> Tracer | None:
     """The block that is open in this thread and task."""
-    return current_block.get()
+    block = current_block.get()
+    return block if isinstance(block, Tracer) else None
 
 
 class Backend(Protocol):
@@ -96,7 +117,7 @@ class Invoker:
         return self
 
 
-class Tracer:
+class Tracer(Block):
     """A block: `with model.trace(...) as tracer:` or `with model.generate(...) as generator:`.
 
     Attributes:
@@ -129,7 +150,8 @@ class Tracer:
         self._backend = backend
         self._result: Any = None
         self.uses_output = False
-        self._token: Token[Tracer | None] | None = None
+        self._token: Token[Block | None] | None = None
+        self._session: Block | None = None
         self.location = user_line(3)
         self.part: Any = None
         self.recording = Recording(backend.oracle(self))
@@ -162,7 +184,7 @@ class Tracer:
             InputError: the prompt cannot be read.
             BlockError: the block is closed or already has its prompt.
         """
-        if self.recording.state is not OPEN:
+        if self.recording.state is not OPEN or (self.recording.session and not self._session):
             raise BlockError.closed("invoke")
         if self.recording.invoke >= 0:
             raise BlockError.has_input() if self._implicit else BlockError.nested()
@@ -219,6 +241,8 @@ class Tracer:
         # What a function of the user does in this run is not written in the block.
         token = current_block.set(None)
         try:
+            if self.recording.session is not None:
+                _compute_earlier(self.graph, node)
             return self._backend.demand(self, node)
         finally:
             current_block.reset(token)
@@ -255,7 +279,7 @@ class Tracer:
                 again._append(prompt, invoker.location)
             again.uses_output = self.uses_output
             again.recording.graph = graph
-            again._execute()
+            again.run()
 
         experiment = Experiment(self.graph, first, run)
         return experiment
@@ -277,8 +301,9 @@ class Tracer:
     def __enter__(self) -> Tracer:
         if self.recording.state is not OPEN or self._token is not None:
             raise BlockError.closed("with")
-        if current_block.get() is not None:
-            raise BlockError.block_in_block()
+        outer = current_block.get()
+        if outer is not None:
+            self._session = outer.admit(self)
         self._token = current_block.set(self)
         if self._implicit is not None:
             self._implicit.__enter__()
@@ -293,12 +318,16 @@ class Tracer:
         assert self._token is not None
         current_block.reset(self._token)
         recording = self.recording
+        session, self._session = self._session, None
+        if session is not None:
+            session.leave(self, kind is not None)
         if kind is not None:
             recording.close(ABANDONED)
-            return
-        self._execute()
+        elif session is None:
+            self.run()
 
-    def _execute(self) -> None:
+    def run(self) -> None:
+        """End the block: run it, once its `with` has ended."""
         recording = self.recording
         recording.invoke = -1
         recording.state = RUNNING
@@ -308,6 +337,24 @@ class Tracer:
         finally:
             if recording.state is RUNNING:
                 recording.close(FAILED)
+
+
+def _compute_earlier(graph: Graph, node: Node) -> None:
+    """Compute the values of earlier blocks that a value on demand may need."""
+    stack, seen = [node, *graph.writes.values()], set[int]()
+    while stack:
+        one = stack.pop()
+        if one.index in seen:
+            continue
+        seen.add(one.index)
+        for leaf in leaves((one.args, one.kwargs)):
+            if type(leaf) is Node:
+                stack.append(leaf)
+            elif type(leaf) is Later and not leaf.ready:
+                source = leaf.source
+                assert source is not None
+                leaf.found = source.demand(leaf.node, "a value of an earlier block")
+                leaf.ready = True
 
 
 def read_in(

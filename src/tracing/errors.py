@@ -97,6 +97,13 @@ class BlockError(GraftworkError):
         )
 
     @classmethod
+    def session_in_block(cls) -> BlockError:
+        return cls(
+            "A session was opened inside a block or another session, or a second time. Open one with "
+            "`with model.session():`, and the blocks inside it."
+        )
+
+    @classmethod
     def other_model(cls, path: str) -> BlockError:
         return cls(
             f"`{path or 'the model'}` belongs to another model than the block that is open. "
@@ -173,6 +180,20 @@ class NotRunError(GraftworkError):
         )
 
     @classmethod
+    def session(cls, what: str, location: Location) -> NotRunError:
+        return cls(
+            f"{what} has no value yet: its block runs when the session exits. Save it and read "
+            f"`.value` after the session's `with`. Recorded at {location}"
+        )
+
+    @classmethod
+    def freed(cls, what: str, location: Location) -> NotRunError:
+        return cls(
+            f"{what} went from one block of a session to another and was freed after its last use. "
+            f"Save it where it is recorded: {location}"
+        )
+
+    @classmethod
     def no_values(cls, use: str, what: str, reason: str, location: Location) -> NotRunError:
         return cls(
             f"`{use}` needs the real value of {what}, and {reason}. Save it and use it after the "
@@ -205,6 +226,14 @@ class ForeignProxyError(GraftworkError):
         return cls(
             f"{what} comes from another block and was not saved there. Add `.save()` at {location} "
             "and use it after that block has run."
+        )
+
+    @classmethod
+    def later(cls, what: str, location: Location) -> ForeignProxyError:
+        return cls(
+            f"{what} and what it is used with belong to two blocks of the session, and the earlier "
+            f"one's value cannot be changed by the later: make a new value of both, as in "
+            f"`total = total + loss`. Recorded at {location}"
         )
 
     @classmethod

@@ -9,7 +9,7 @@ import torch
 
 from .errors import CapturedTensorError, GraftworkError, add_note
 from .graph import arguments
-from .node import CALL, MODULE, PARAMETER, WRITE, Captured, Node
+from .node import CALL, MODULE, PARAMETER, WRITE, Captured, Later, Node
 from .operations import APPLY
 from .structure import ATOMS, leaves, map_leaves
 
@@ -74,12 +74,24 @@ class Interpreter:
     def _leaf(self, node: Node, leaf: Any) -> Any:
         if type(leaf) is Node:
             return self.values[leaf.index]
-        return self._captured(node, leaf) if type(leaf) is Captured else leaf
+        if type(leaf) is Captured:
+            return self._captured(node, leaf)
+        return self._later(node, leaf) if type(leaf) is Later else leaf
+
+    def _later(self, node: Node, later: Later) -> Any:
+        return map_leaves(
+            lambda leaf: self._beside(node, leaf) if isinstance(leaf, torch.Tensor) else leaf,
+            later.value(),
+        )
 
     def _captured(self, node: Node, captured: Captured) -> torch.Tensor:
         tensor = captured.tensor
         if captured.version is not None and tensor._version != captured.version:
             raise CapturedTensorError.changed(captured.name, tensor.shape, node.location)
+        return self._beside(node, tensor)
+
+    def _beside(self, node: Node, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor on the device of the first value that it meets."""
         for argument in arguments(node):
             for leaf in leaves(self.values[argument.index]):
                 if isinstance(leaf, torch.Tensor):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .errors import Location
+from .errors import Location, NotRunError
 
 #: The value that arrives at a hook point. `target` is a HookPoint.
 READ = "read"
@@ -106,6 +106,44 @@ class Captured:
 
     def __repr__(self) -> str:
         return f"{self.name}{list(self.tensor.shape)}"
+
+
+class Later:
+    """A value of an earlier block of a session, in a later one.
+
+    Attributes:
+        source: the recording of the earlier block.
+        node: the node there.
+        box: where that block's run delivers the value.
+        found: the value, if it was asked for before that run.
+        ready: it was.
+    """
+
+    __slots__ = ("box", "found", "node", "ready", "source")
+
+    def __init__(self, source: Any, node: Node, box: Any) -> None:
+        self.source = source
+        self.node = node
+        self.box = box
+        self.found: Any = None
+        self.ready = False
+
+    def value(self) -> Any:
+        """Raises NotRunError after the last use."""
+        if self.box.full:
+            return self.box.value
+        if self.box.error is not None:
+            raise self.box.error
+        if not self.ready:
+            raise NotRunError.freed(self.node.describe(), self.node.location)
+        return self.found
+
+    def drop(self) -> None:
+        self.box.value = self.found = self.source = None
+        self.box.full = self.ready = False
+
+    def __repr__(self) -> str:
+        return f"{self.node!r} of an earlier block"
 
 
 class Node:

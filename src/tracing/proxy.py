@@ -66,6 +66,8 @@ _FIELDS_FIRST = frozenset({"values", "indices"})
 _INDEX_DTYPES = frozenset({torch.int64, torch.int32, torch.int16, torch.int8})
 # What torch calls the argument that a function may show or change.
 _FIRST = frozenset({"input", "tensor", "self"})
+# `a += b` binds the name `a` anew, so it may give a new value where `a` cannot be changed.
+_AUGMENTED = frozenset(op for op in OPERATORS.values() if op.effect is IN_PLACE)
 # Ufuncs that Python's operators call under another name.
 _UFUNCS = {
     "add": "add",
@@ -174,6 +176,8 @@ class Proxy:
             raise NotRunError.failed(what, where)
         if state is RUNNING:
             raise NotRunError.running(what, where)
+        if self._recording.session is not None:
+            raise NotRunError.session(what, where)
         raise NotRunError.recording(what, where)
 
     @property
@@ -650,6 +654,12 @@ def _record(
     """Record an operation and return the proxy of its result."""
     first = args[0] if args else None
     effect = operation.effect
+    if recording.session is not None:
+        recording = recording.session.place(recording, (args, kwargs))
+        other = isinstance(first, Proxy) and first._recording is not recording
+        if other and effect is IN_PLACE and operation not in _AUGMENTED:
+            node = _current(first)  # type: ignore[arg-type]
+            raise ForeignProxyError.later(node.describe(), node.location)
     if effect is IN_PLACE and isinstance(first, Proxy) and first._recording is recording:
         first._change(operation, args[1:], kwargs)
         return first
@@ -667,6 +677,8 @@ def record_node(
     recording: Recording, kind: str, target: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Proxy:
     """Record a MODULE or PARAMETER node and return the proxy of its result."""
+    if recording.session is not None:
+        recording = recording.session.place(recording, (args, kwargs))
     lowered = tuple(_lower(recording, a) for a in args)
     options = {key: _lower(recording, v) for key, v in kwargs.items()}
     return Proxy(
@@ -684,6 +696,9 @@ def _lower(recording: Recording, value: Any) -> Any:
             if recording.state is not OPEN:
                 raise NotRunError.recording(value._node.describe(), value._node.location)
             return _current(value)
+        session = recording.session
+        if session is not None and value._recording.session is session:
+            return session.later(value._recording, _current(value), recording)
         return _lower(recording, _foreign(value))
     if isinstance(value, torch.Tensor):
         return _capture(recording, value)

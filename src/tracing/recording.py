@@ -40,6 +40,7 @@ class Recording:
         oracle: shapes on demand; None once the block has ended.
         compute: runs what is recorded so far up to a node, for its value.
         known: what such runs have found, until the block has ended.
+        session: the session that the block belongs to.
         no_values: why no value can be had here; None where it can.
     """
 
@@ -52,6 +53,7 @@ class Recording:
         "no_values",
         "oracle",
         "saved",
+        "session",
         "state",
         "step",
     )
@@ -66,6 +68,7 @@ class Recording:
         self.oracle: Oracle | None = oracle
         self.compute: Callable[[Node], Any] | None = None
         self.known: Any = None
+        self.session: Any = None
         self.no_values: str | None = None
 
     def close(self, state: str) -> None:
@@ -78,7 +81,7 @@ class Recording:
             handle._parent = None
         self.saved.clear()
         self.graph.release()
-        self.oracle = self.compute = self.known = None
+        self.oracle = self.compute = self.known = self.session = None
 
     def ask(self) -> Oracle:
         assert self.oracle is not None, "an open block has an oracle"
