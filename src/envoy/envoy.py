@@ -14,7 +14,7 @@ import torch
 from ..tracing.context import Tracer, current_block, current_tracer, read_in
 from ..tracing.errors import BlockError, OperationError, UnknownModuleError
 from ..tracing.node import MODULE, PARAMETER, HookPoint
-from ..tracing.proxy import BlockOutput, Proxy, assign, first_argument, record_node
+from ..tracing.proxy import BlockOutput, Proxy, assign, first_argument, record_node, write_in
 from ..tracing.structure import leaves
 
 
@@ -116,6 +116,19 @@ class Envoy:
     @input.setter
     def input(self, value: Any) -> None:
         assign(self._tracer(self._inputs).recording, self.input, value)
+
+    def skip(self, value: Any) -> None:
+        """Leave the module's computation out: `value` is its result, `layer.skip(layer.input)`.
+
+        Args:
+            value: what the module would return, for the open invoke's own rows and tokens. For a
+                module that returns a tuple, the tuple or its first part alone; the others are None.
+        """
+        recording = self._tracer(self._output).recording
+        if recording.invoke < 0:
+            raise BlockError.no_invoke(f"{self._path}.skip")
+        point = self._output._replace(port="skip", step=recording.step)
+        write_in(recording, point, value)
 
     @property
     def calls(self) -> Calls:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from threading import get_ident
 from types import TracebackType
@@ -29,7 +30,7 @@ class Patcher:
     Only the modules that the pass names are touched, at 2 to 5 µs each.
     """
 
-    __slots__ = ("_handles", "_pass", "_prefix", "_root", "_run")
+    __slots__ = ("_handles", "_pass", "_prefix", "_replaced", "_root", "_run")
 
     def __init__(
         self, root: torch.nn.Module, run: Run, one: Pass | None = None, prefix: Prefix | None = None
@@ -39,11 +40,15 @@ class Patcher:
         self._pass = one
         self._prefix = prefix
         self._handles: list[RemovableHandle] = []
+        self._replaced: list[tuple[torch.nn.Module, Any]] = []
 
     def __enter__(self) -> None:
         try:
             for site in self._run.sites:
                 module = at_path(self._root, site.path)
+                if site.port == "skip":
+                    self._replace(module, _skipping(self._run, site, module.forward))
+                    continue
                 if site.port == "output":
                     handle = module.register_forward_hook(_output_hook(self._run, site))
                 else:
@@ -69,9 +74,22 @@ class Patcher:
     ) -> None:
         self._remove()
 
+    def _replace(self, module: torch.nn.Module, forward: Callable[..., Any]) -> None:
+        """Give this instance another forward until the pass is over."""
+        # accelerate keeps a forward of its own on the instance.
+        self._replaced.append((module, module.__dict__.get("forward")))
+        module.forward = forward
+
     def _remove(self) -> None:
         # A second Ctrl-C may arrive between two removals: what it left is removed by the next call.
         try:
+            while self._replaced:
+                module, before = self._replaced[-1]
+                if before is not None:
+                    module.forward = before
+                else:
+                    module.__dict__.pop("forward", None)
+                self._replaced.pop()
             while self._handles:
                 self._handles[-1].remove()
                 self._handles.pop()
@@ -103,6 +121,19 @@ def _keep_hook(run: Run, prefix: Prefix, one: Pass, block: int) -> Callable[...,
             run.arrived()
 
     return hook
+
+
+def _skipping(run: Run, site: Site, original: Callable[..., Any]) -> Callable[..., Any]:
+    thread = run.thread
+
+    # Others look at the signature: `generate` checks its keywords against the root's.
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if run.suspended or get_ident() != thread:
+            return original(*args, **kwargs)
+        return run.skip(site, lambda: original(*args, **kwargs), (args, kwargs))
+
+    return forward
 
 
 def _inputs_hook(run: Run, site: Site) -> Callable[..., Any]:

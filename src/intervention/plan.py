@@ -115,6 +115,10 @@ class Pass:
     positions: int = 0
     arrivals: dict[HookPoint, Arrival] = dataclasses.field(default_factory=dict)
 
+    def touches(self, port: str) -> bool:
+        """True if something is wanted of a port of that kind: "skip", "source"."""
+        return any(port in point.port.split(".") for point in self.arrivals)
+
     def halves(self) -> list[Pass]:
         """This pass as two, with half of its batch each; none if its invokes need each other."""
         count = len(self.invokes)
@@ -151,6 +155,7 @@ class Plan:
         passes: in order.
         chain: paths of the blocks that passes may start in.
         settings: what was switched on.
+        skipped: reads and writes inside what their invoke skips, by index, and the skip.
     """
 
     live: bytearray
@@ -158,3 +163,4 @@ class Plan:
     passes: list[Pass]
     chain: tuple[str, ...]
     settings: Settings
+    skipped: dict[int, Node] = dataclasses.field(default_factory=dict)

@@ -56,7 +56,14 @@ class Schedule:
     chain: tuple[str, ...] = ()
 
     def find(self, hook_point: HookPoint) -> Visit | None:
-        return self.visits.get((hook_point.path, hook_point.port, hook_point.call))
+        path, port, _, call = hook_point
+        if port.endswith("skip"):
+            # Decided right after the inputs, and what is written is a result.
+            place = port.removesuffix("skip")
+            begin = self.visits.get((path, f"{place}inputs", call))
+            end = self.visits.get((path, f"{place}output", call))
+            return Visit(begin.order, end.axes) if begin and end else None
+        return self.visits.get((path, port, call))
 
     def axes(self, hook_point: HookPoint) -> Any:
         visit = self.find(hook_point)

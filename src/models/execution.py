@@ -67,6 +67,7 @@ class Execution:
         self._module = module
         graph = tracer.recording.graph
         self._run = Run(graph, work, entry.apply_module, entry.parameter)
+        self._run.generates = tracer.generates
         shares = any(one.base for one in work.passes)
         # The smallest batch that did not fit into memory, in tokens.
         self._too_much: int | None = None
