@@ -7,9 +7,11 @@ from .prefix import Prefix
 from .run import Run, Stop, no_grad
 from .schedule import Schedule, measure
 from .shapes import Shapes, Structure
+from .source import Listing, forward_name, listing
 
 __all__ = [
     "Facts",
+    "Listing",
     "Pass",
     "Patcher",
     "Plan",
@@ -21,6 +23,8 @@ __all__ = [
     "Stop",
     "Structure",
     "at_path",
+    "forward_name",
+    "listing",
     "measure",
     "no_grad",
     "plan",

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from .plan import Pass
 from .prefix import Prefix
 from .run import Run, Site
+from .source import forward_name, is_inner, put_back, tapped_forward
 
 
 def at_path(module: torch.nn.Module, path: str) -> torch.nn.Module:
@@ -40,14 +41,25 @@ class Patcher:
         self._pass = one
         self._prefix = prefix
         self._handles: list[RemovableHandle] = []
-        self._replaced: list[tuple[torch.nn.Module, Any]] = []
+        self._replaced: list[tuple[torch.nn.Module, str, Any]] = []
 
     def __enter__(self) -> None:
         try:
+            inner: dict[str, dict[str, Any]] = {}
             for site in self._run.sites:
+                if is_inner(site.port):
+                    inner.setdefault(site.path, {})[site.port] = _tap(self._run, site)
+            for path, ports in inner.items():
+                module = at_path(self._root, path)
+                forward = tapped_forward(module, path, ports, self._run.listens)
+                self._replace(module, forward_name(module), forward)
+            for site in self._run.sites:
+                if "." in site.port:
+                    continue
                 module = at_path(self._root, site.path)
                 if site.port == "skip":
-                    self._replace(module, _skipping(self._run, site, module.forward))
+                    forward = _skipping(self._run, site, module.forward)
+                    self._replace(module, "forward", forward)
                     continue
                 if site.port == "output":
                     handle = module.register_forward_hook(_output_hook(self._run, site))
@@ -74,26 +86,21 @@ class Patcher:
     ) -> None:
         self._remove()
 
-    def _replace(self, module: torch.nn.Module, forward: Callable[..., Any]) -> None:
+    def _replace(self, module: torch.nn.Module, name: str, forward: Callable[..., Any]) -> None:
         """Give this instance another forward until the pass is over."""
         # accelerate keeps a forward of its own on the instance.
-        self._replaced.append((module, module.__dict__.get("forward")))
-        module.forward = forward
+        self._replaced.append((module, name, module.__dict__.get(name)))
+        setattr(module, name, forward)
 
     def _remove(self) -> None:
         # A second Ctrl-C may arrive between two removals: what it left is removed by the next call.
         try:
-            while self._replaced:
-                module, before = self._replaced[-1]
-                if before is not None:
-                    module.forward = before
-                else:
-                    module.__dict__.pop("forward", None)
-                self._replaced.pop()
+            put_back(self._replaced)
             while self._handles:
                 self._handles[-1].remove()
                 self._handles.pop()
         finally:
+            put_back(self._replaced)
             for handle in self._handles:
                 handle.remove()
 
@@ -121,6 +128,25 @@ def _keep_hook(run: Run, prefix: Prefix, one: Pass, block: int) -> Callable[...,
             run.arrived()
 
     return hook
+
+
+def _tap(run: Run, site: Site) -> Callable[..., Any]:
+    thread = run.thread
+    if site.port.endswith("skip"):
+
+        def skip(compute: Callable[[], Any], inputs: Any) -> Any:
+            if run.suspended or get_ident() != thread:
+                return compute()
+            return run.skip(site, compute, inputs)
+
+        return skip
+
+    def tap(value: Any) -> Any:
+        if run.suspended or get_ident() != thread:
+            return None
+        return run.arrive(site, value)
+
+    return tap
 
 
 def _skipping(run: Run, site: Site, original: Callable[..., Any]) -> Callable[..., Any]:
