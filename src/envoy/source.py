@@ -33,6 +33,9 @@ class Owner(Protocol):
     def _listing(self, prefix: str) -> Listing:
         """The operations under a prefix of ports, such as "source"."""
 
+    @property
+    def path(self) -> str: ...
+
     def _operation(self, prefix: str, call: int) -> Place:
         """The place of one of them."""
 
@@ -79,6 +82,9 @@ class OperationEnvoy:
     """An operation inside a function; it is read and edited as a module is."""
 
     __slots__ = ("_call", "_owner", "_prefix")
+    _call: int
+    _owner: Owner
+    _prefix: str
 
     def __init__(self, owner: Any, prefix: str, call: int = 0) -> None:
         object.__setattr__(self, "_owner", owner)
@@ -86,12 +92,11 @@ class OperationEnvoy:
         object.__setattr__(self, "_call", call)
 
     def _place(self) -> Place:
-        owner: Owner = self._owner
-        return owner._operation(self._prefix, self._call)
+        return self._owner._operation(self._prefix, self._call)
 
     @property
     def name(self) -> str:
-        return str(self._prefix).rpartition(".")[2]
+        return self._prefix.rpartition(".")[2]
 
     @property
     def output(self) -> Any:

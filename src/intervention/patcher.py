@@ -31,12 +31,13 @@ class Patcher:
     Only the modules that the pass names are touched, at 2 to 5 µs each.
     """
 
-    __slots__ = ("_handles", "_pass", "_prefix", "_replaced", "_root", "_run")
+    __slots__ = ("_arrive", "_handles", "_pass", "_prefix", "_replaced", "_root", "_run")
 
     def __init__(
         self, root: torch.nn.Module, run: Run, one: Pass | None = None, prefix: Prefix | None = None
     ) -> None:
         self._root = root
+        self._arrive: Callable[..., Any] = run.arrive
         self._run = run
         self._pass = one
         self._prefix = prefix
@@ -46,9 +47,11 @@ class Patcher:
     def __enter__(self) -> None:
         try:
             inner: dict[str, dict[str, Any]] = {}
+            if any(site.port.startswith("functions.") for site in self._run.sites):
+                self._arrive = _uncounted(self._run.arrive)
             for site in self._run.sites:
                 if is_inner(site.port):
-                    inner.setdefault(site.path, {})[site.port] = _tap(self._run, site)
+                    inner.setdefault(site.path, {})[site.port] = _tap(self._run, site, self._arrive)
             for path, ports in inner.items():
                 module = at_path(self._root, path)
                 forward = tapped_forward(module, path, ports, self._run.listens)
@@ -62,10 +65,12 @@ class Patcher:
                     self._replace(module, "forward", forward)
                     continue
                 if site.port == "output":
-                    handle = module.register_forward_hook(_output_hook(self._run, site))
+                    handle = module.register_forward_hook(
+                        _output_hook(self._run, site, self._arrive)
+                    )
                 else:
                     handle = module.register_forward_pre_hook(
-                        _inputs_hook(self._run, site), with_kwargs=True
+                        _inputs_hook(self._run, site, self._arrive), with_kwargs=True
                     )
                 self._handles.append(handle)
             if self._prefix is not None and self._pass is not None:
@@ -108,8 +113,18 @@ class Patcher:
 # Arrivals of another thread's forward, or of a module applied by hand, are not the run's.
 
 
-def _output_hook(run: Run, site: Site) -> Callable[..., Any]:
-    arrive, thread = run.arrive, run.thread
+def _uncounted(arrive: Callable[..., Any]) -> Callable[..., Any]:
+    """What the graph computes is none of the torch functions that a forward calls."""
+
+    def quiet(site: Site, value: Any) -> Any:
+        with torch._C.DisableTorchFunction():
+            return arrive(site, value)
+
+    return quiet
+
+
+def _output_hook(run: Run, site: Site, arrive: Callable[..., Any]) -> Callable[..., Any]:
+    thread = run.thread
 
     def hook(_module: Any, _args: Any, output: Any) -> Any:
         if run.suspended or get_ident() != thread:
@@ -130,7 +145,7 @@ def _keep_hook(run: Run, prefix: Prefix, one: Pass, block: int) -> Callable[...,
     return hook
 
 
-def _tap(run: Run, site: Site) -> Callable[..., Any]:
+def _tap(run: Run, site: Site, arrive: Callable[..., Any]) -> Callable[..., Any]:
     thread = run.thread
     if site.port.endswith("skip"):
 
@@ -144,7 +159,7 @@ def _tap(run: Run, site: Site) -> Callable[..., Any]:
     def tap(value: Any) -> Any:
         if run.suspended or get_ident() != thread:
             return None
-        return run.arrive(site, value)
+        return arrive(site, value)
 
     return tap
 
@@ -162,8 +177,8 @@ def _skipping(run: Run, site: Site, original: Callable[..., Any]) -> Callable[..
     return forward
 
 
-def _inputs_hook(run: Run, site: Site) -> Callable[..., Any]:
-    arrive, thread = run.arrive, run.thread
+def _inputs_hook(run: Run, site: Site, arrive: Callable[..., Any]) -> Callable[..., Any]:
+    thread = run.thread
 
     def hook(_module: Any, args: Any, kwargs: Any) -> Any:
         if run.suspended or get_ident() != thread:

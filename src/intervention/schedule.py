@@ -305,6 +305,11 @@ def _arrivals(
     ledger = _Ledger(events)
 
     def note(key: Key, value: Any) -> None:
+        # What is asked of tensors here is none of the forward's own torch functions.
+        with torch._C.DisableTorchFunction():
+            _note(key, value)
+
+    def _note(key: Key, value: Any) -> None:
         tensors, opaque = [], False
         for leaf in leaves(value):
             if isinstance(leaf, torch.Tensor):

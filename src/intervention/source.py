@@ -10,8 +10,8 @@ Where there is no text, `Functions` counts the torch functions that a forward ca
 """
 
 from __future__ import annotations
-
 import __future__
+
 import ast
 import dataclasses
 import functools
@@ -151,10 +151,13 @@ def _operations(function: ast.FunctionDef) -> list[tuple[ast.AST, InnerOperation
             name = _NAMES.get(kind, kind).strip("_")
             left = node.left if isinstance(node, ast.BinOp) else node.target
             found.append((_end(left), node, name, name))
-        elif isinstance(node, ast.UnaryOp) and type(node.op) in _OPERATORS:
-            if not isinstance(node.operand, ast.Constant):
-                name = _OPERATORS[type(node.op)]
-                found.append(((node.lineno, node.col_offset), node, name, name))
+        elif (
+            isinstance(node, ast.UnaryOp)
+            and type(node.op) in _OPERATORS
+            and not isinstance(node.operand, ast.Constant)
+        ):
+            name = _OPERATORS[type(node.op)]
+            found.append(((node.lineno, node.col_offset), node, name, name))
     found.sort(key=lambda item: item[0])
     counts: dict[tuple[bool, str], int] = {}
     result = []
@@ -179,7 +182,7 @@ def _walk(body: Iterable[ast.AST]) -> Iterator[ast.AST]:
 
 
 def _end(node: ast.AST) -> tuple[int, int]:
-    return node.end_lineno, node.end_col_offset  # type: ignore[attr-defined, no-any-return]
+    return node.end_lineno, node.end_col_offset  # type: ignore[attr-defined]
 
 
 def _called(function: ast.expr) -> tuple[str, str] | None:
@@ -211,9 +214,7 @@ def listing(function: Any, what: str) -> Listing:
     inner = innermost(function, what)
     text = _text(inner.__code__)
     operations = tuple(one for _, one in _operations(text.tree()[1]))
-    rows = tuple(
-        (text.first + number, line.rstrip("\n")) for number, line in enumerate(text.lines)
-    )
+    rows = tuple((text.first + number, line.rstrip("\n")) for number, line in enumerate(text.lines))
     return Listing(f"{inner.__qualname__}  {text.file}:{text.first}", operations, rows)
 
 
@@ -285,7 +286,9 @@ class Tap:
 def _changes_its_own(function: Any, result: Any) -> bool:
     name = getattr(function, "__name__", "")
     own = name.endswith("_") and not name.endswith("__")
-    return own and isinstance(result, torch.Tensor) and result is getattr(function, "__self__", None)
+    return (
+        own and isinstance(result, torch.Tensor) and result is getattr(function, "__self__", None)
+    )
 
 
 Taps = dict[str, Tap]
@@ -364,6 +367,8 @@ def _compiled(function: types.FunctionType, taps: Taps) -> types.FunctionType:
     code = _code(function.__code__, function.__qualname__, frozenset(taps))
 
     def operation(name: str, called: Any, /, *args: Any, **kwargs: Any) -> Any:
+        if type(called) is str:
+            called = getattr(operator, called)
         return taps[name].perform(name, called, args, kwargs)
 
     cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
@@ -386,23 +391,13 @@ def _code(code: types.CodeType, qualname: str, names: frozenset[str]) -> types.C
     function.decorator_list = []
     # Inside a class of the same name, for names with two underscores and for `super()`.
     owner = qualname.split(".")[-2:-1]
-    outer: ast.stmt = function
-    if owner and owner[0].isidentifier():
-        outer = ast.ClassDef(
-            owner[0], bases=[], keywords=[], body=[function], decorator_list=[], type_params=[]
-        )
-    free = [name for name in code.co_freevars if name != "__class__" or outer is function]
-    arguments = ast.arguments(
-        posonlyargs=[],
-        args=[ast.arg(name) for name in (_DOOR, *free)],
-        kwonlyargs=[],
-        kw_defaults=[],
-        defaults=[],
-    )
-    factory = ast.FunctionDef(
-        "factory", args=arguments, body=[outer], decorator_list=[], type_params=[]
-    )
-    tree = ast.fix_missing_locations(ast.Module([factory], []))
+    known_class = bool(owner) and owner[0].isidentifier()
+    free = [name for name in code.co_freevars if name != "__class__" or not known_class]
+    head = f"def factory({', '.join((_DOOR, *free))}):\n"
+    tree = ast.parse(head + (f" class {owner[0]}:\n  pass" if known_class else " pass"))
+    factory: Any = tree.body[0]
+    (factory.body[0] if known_class else factory).body = [function]
+    ast.fix_missing_locations(tree)
     whole = compile(tree, text.file, "exec", code.co_flags & _FUTURE, dont_inherit=True)
     return next(found for found in _inside(whole) if found.co_name == code.co_name)
 
@@ -441,7 +436,7 @@ class _Doors(ast.NodeTransformer):
                 assert isinstance(node.target, ast.Name)
                 kind = f"i{kind.strip('_')}"
                 rest = [ast.copy_location(ast.Name(node.target.id, ast.Load()), node), node.value]
-            first = ast.copy_location(ast.Constant(getattr(operator, kind)), node)
+            first = ast.copy_location(ast.Constant(kind), node)
         door = ast.copy_location(ast.Name(_DOOR, ast.Load()), node)
         label = ast.copy_location(ast.Constant(name), node)
         call = ast.copy_location(ast.Call(door, [label, first, *rest], keywords), node)

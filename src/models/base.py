@@ -192,8 +192,8 @@ class Model(Envoy):
             return found
 
     def _in_all_layers(self, inner: frozenset[tuple[str, str]]) -> frozenset[tuple[str, str]]:
-        """The same operations of all modules of the same class: a sweep over layers is measured once."""
-        found = set()
+        """The same operations of all modules of the same class: a sweep measures once."""
+        found: set[tuple[str, str]] = set()
         tree = self.tree()
         for path, port in inner:
             kind, place = type(at_path(tree, path)), port.rpartition(".")[0]
@@ -219,7 +219,9 @@ class Model(Envoy):
         tracer = current_tracer()
         prompts = [i.prompt for i in tracer.invokes if i.prompt is not None] if tracer else []
         try:
-            schedule = self.schedule(next(iter(prompts), None), inner=frozenset({(path, f"{place}.output")}))
+            schedule = self.schedule(
+                next(iter(prompts), None), inner=frozenset({(path, f"{place}.output")})
+            )
         except ScheduleError as error:
             raise SourceError.never_called(path, place, f"there is none: {error}") from error
         called = schedule.callees.get((path, place))
