@@ -25,6 +25,9 @@ def at_path(module: torch.nn.Module, path: str) -> torch.nn.Module:
     return module
 
 
+_HOOKED = ("output", "inputs")
+
+
 class Patcher:
     """The hooks of one pass, as a context.
 
@@ -46,33 +49,18 @@ class Patcher:
 
     def __enter__(self) -> None:
         try:
-            inner: dict[str, dict[str, Any]] = {}
-            if any(site.port.startswith("functions.") for site in self._run.sites):
-                self._arrive = _uncounted(self._run.arrive)
+            others = [site for site in self._run.sites if site.port not in _HOOKED]
+            if others:
+                self._replace_forwards(others)
             for site in self._run.sites:
-                if is_inner(site.port):
-                    inner.setdefault(site.path, {})[site.port] = _tap(self._run, site, self._arrive)
-            for path, ports in inner.items():
-                module = at_path(self._root, path)
-                forward = tapped_forward(module, path, ports, self._run.listens)
-                self._replace(module, forward_name(module), forward)
-            for site in self._run.sites:
-                if "." in site.port:
-                    continue
-                module = at_path(self._root, site.path)
-                if site.port == "skip":
-                    forward = _skipping(self._run, site, module.forward)
-                    self._replace(module, "forward", forward)
-                    continue
                 if site.port == "output":
-                    handle = module.register_forward_hook(
-                        _output_hook(self._run, site, self._arrive)
-                    )
-                else:
-                    handle = module.register_forward_pre_hook(
-                        _inputs_hook(self._run, site, self._arrive), with_kwargs=True
-                    )
-                self._handles.append(handle)
+                    module = at_path(self._root, site.path)
+                    hook = _output_hook(self._run, site, self._arrive)
+                    self._handles.append(module.register_forward_hook(hook))
+                elif site.port == "inputs":
+                    module = at_path(self._root, site.path)
+                    hook = _inputs_hook(self._run, site, self._arrive)
+                    self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             if self._prefix is not None and self._pass is not None:
                 for block in self._pass.keep:
                     module = at_path(self._root, self._prefix.path(block))
@@ -90,6 +78,23 @@ class Patcher:
         traceback: TracebackType | None,
     ) -> None:
         self._remove()
+
+    def _replace_forwards(self, sites: list[Site]) -> None:
+        """Reach inner operations and skipped modules, which no hook reaches."""
+        run, inner = self._run, dict[str, dict[str, Any]]()
+        if any(site.port.startswith("functions.") for site in sites):
+            self._arrive = _uncounted(run.arrive)
+        for site in sites:
+            if is_inner(site.port):
+                inner.setdefault(site.path, {})[site.port] = _tap(run, site, self._arrive)
+        for path, ports in inner.items():
+            module = at_path(self._root, path)
+            forward = tapped_forward(module, path, ports, run.listens)
+            self._replace(module, forward_name(module), forward)
+        for site in sites:
+            if site.port == "skip":
+                module = at_path(self._root, site.path)
+                self._replace(module, "forward", _skipping(run, site, module.forward))
 
     def _replace(self, module: torch.nn.Module, name: str, forward: Callable[..., Any]) -> None:
         """Give this instance another forward until the pass is over."""

@@ -106,10 +106,11 @@ def place_arrivals(graph: Graph, plan: Plan, schedule: Schedule | None) -> None:
         for invoke in (*one.invokes, *one.shared):
             (base if one.base else home)[invoke] = one
     last = {node.index for node in graph.writes.values()}
+    skipped = plan.skipped
     for node in graph.nodes:
         if not plan.live[node.index] or (node.kind != READ and node.kind != WRITE):
             continue
-        if node.index in plan.skipped:
+        if skipped and node.index in skipped:
             continue
         invoke, target = node.invoke, node.target
         one = home.get(invoke) or base.get(invoke) or plan.passes[0]
