@@ -380,3 +380,27 @@ def test_an_operation_that_does_not_run_has_no_value(tools: SimpleNamespace) -> 
         value.value
     with pytest.raises((SourceError, ScheduleError)):
         print(model.transformer.h[1].attn.source.self_q_attn_0.source)
+
+
+def test_under_a_forward_of_accelerate(tools: SimpleNamespace) -> None:
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    module = tools.fresh("gpt2")
+    mlp = module.transformer.h[1].mlp
+    seen = []
+
+    class Counts(ModelHook):  # type: ignore[misc]
+        def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+            seen.append(1)
+            return args, kwargs
+
+    add_hook_to_module(mlp, Counts())
+    before = dict(mlp.__dict__)
+    model = LanguageModel(module)
+    (ids,) = tools.prompts(5)
+    with model.trace(ids):
+        model.transformer.h[1].mlp.source.self_act_0.output[:] = 0
+        result = model.transformer.h[1].mlp.output.save()
+    assert seen == [1]
+    assert tools.close(result, mlp.c_proj.bias.detach().expand(1, 5, 16))
+    assert all(mlp.__dict__[name] is before[name] for name in ("forward", "_old_forward"))
