@@ -14,8 +14,9 @@ import torch
 from ..tracing.context import Tracer, current_block, current_tracer, read_in
 from ..tracing.errors import BlockError, OperationError, UnknownModuleError
 from ..tracing.node import MODULE, PARAMETER, HookPoint
-from ..tracing.proxy import BlockOutput, Proxy, assign, first_argument, record_node
+from ..tracing.proxy import BlockOutput, Proxy, assign, first_argument, record_node, write_in
 from ..tracing.structure import leaves
+from .source import SourceEnvoy
 
 
 class Alias(Protocol):
@@ -42,6 +43,9 @@ class Root(Protocol):
 
     def load(self) -> Any:
         """Load the weights if they are not loaded."""
+
+    def operations(self, path: str, prefix: str) -> Any:
+        """The operations inside the forward of a module, under a prefix of their ports."""
 
     def is_block(self, module: torch.nn.Module) -> bool:
         """True for a transformer block, whose `output[0]` is its hidden states."""
@@ -116,6 +120,46 @@ class Envoy:
     @input.setter
     def input(self, value: Any) -> None:
         assign(self._tracer(self._inputs).recording, self.input, value)
+
+    def skip(self, value: Any) -> None:
+        """Leave the module's computation out: `value` is its result, `layer.skip(layer.input)`.
+
+        Args:
+            value: what the module would return, for the open invoke's own rows and tokens. For a
+                module that returns a tuple, the tuple or its first part alone; the others are None.
+        """
+        recording = self._tracer(self._output).recording
+        if recording.invoke < 0:
+            raise BlockError.no_invoke(f"{self._path}.skip")
+        port = self._output.port.removesuffix("output") + "skip"
+        point = self._output._replace(port=port, step=recording.step)
+        write_in(recording, point, value)
+
+    @property
+    def source(self) -> SourceEnvoy:
+        """The calls and operators inside the module's forward, by name; `print` shows the text.
+
+        `module.source.attention_interface_0.output` is read and edited as a module's output is.
+
+        Raises:
+            SourceError: the forward has no text, or no such operation.
+        """
+        return SourceEnvoy(self, "source")
+
+    @property
+    def functions(self) -> SourceEnvoy:
+        """The torch functions that the module's forward calls, with what is inside it, by name and
+        number: `module.functions.softmax_0.output`. For modules whose source cannot be had."""
+        return SourceEnvoy(self, "functions")
+
+    def _listing(self, prefix: str) -> Any:
+        return self._root.operations(self._path, prefix)
+
+    def _operation(self, prefix: str, call: int) -> Envoy:
+        place = Envoy(self._root, self._path)
+        place._output = HookPoint(self._path, f"{prefix}.output", 0, call)
+        place._inputs = HookPoint(self._path, f"{prefix}.inputs", 0, call)
+        return place
 
     @property
     def calls(self) -> Calls:

@@ -8,10 +8,12 @@ from .prefix import Prefix
 from .run import Run, Stop, no_grad
 from .schedule import Schedule, measure
 from .shapes import Shapes, Structure
+from .source import Listing, forward_name, listing
 
 __all__ = [
     "Facts",
     "Known",
+    "Listing",
     "Part",
     "Pass",
     "Patcher",
@@ -25,7 +27,9 @@ __all__ = [
     "Stop",
     "Structure",
     "at_path",
+    "forward_name",
     "gradients_untouched",
+    "listing",
     "measure",
     "no_grad",
     "plan",

@@ -119,7 +119,7 @@ def _wholes(
         if node.index in saved:
             return None
         for user in users[node.index] or ():
-            if user.kind == WRITE:
+            if user.kind == WRITE and user.target == read.target:
                 continue
             if user.kind != CALL or user.args[0] is not node:
                 return None

@@ -43,7 +43,8 @@ def cuts(
         if not live[node.index] or node.kind != READ or node.invoke not in found:
             continue
         invoke, target = node.invoke, node.target
-        if target.port == "result" or target.step or target.call:
+        # Numbers and shapes inside a forward tell how many tokens it computes.
+        if target.port not in ("inputs", "output") or target.step or target.call:
             found[invoke] = 0
             continue
         at, boundary = position(target, schedule), (0, ends[starts[invoke] - 1])

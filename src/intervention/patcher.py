@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from threading import get_ident
 from types import TracebackType
@@ -13,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from .plan import Pass
 from .prefix import Prefix
 from .run import Run, Site
+from .source import forward_name, is_inner, put_back, tapped_forward
 
 
 def at_path(module: torch.nn.Module, path: str) -> torch.nn.Module:
@@ -23,34 +25,42 @@ def at_path(module: torch.nn.Module, path: str) -> torch.nn.Module:
     return module
 
 
+_HOOKED = ("output", "inputs")
+
+
 class Patcher:
     """The hooks of one pass, as a context.
 
     Only the modules that the pass names are touched, at 2 to 5 µs each.
     """
 
-    __slots__ = ("_handles", "_pass", "_prefix", "_root", "_run")
+    __slots__ = ("_arrive", "_handles", "_pass", "_prefix", "_replaced", "_root", "_run")
 
     def __init__(
         self, root: torch.nn.Module, run: Run, one: Pass | None = None, prefix: Prefix | None = None
     ) -> None:
         self._root = root
+        self._arrive: Callable[..., Any] = run.arrive
         self._run = run
         self._pass = one
         self._prefix = prefix
         self._handles: list[RemovableHandle] = []
+        self._replaced: list[tuple[torch.nn.Module, str, Any]] = []
 
     def __enter__(self) -> None:
         try:
+            others = [site for site in self._run.sites if site.port not in _HOOKED]
+            if others:
+                self._replace_forwards(others)
             for site in self._run.sites:
-                module = at_path(self._root, site.path)
                 if site.port == "output":
-                    handle = module.register_forward_hook(_output_hook(self._run, site))
-                else:
-                    handle = module.register_forward_pre_hook(
-                        _inputs_hook(self._run, site), with_kwargs=True
-                    )
-                self._handles.append(handle)
+                    module = at_path(self._root, site.path)
+                    hook = _output_hook(self._run, site, self._arrive)
+                    self._handles.append(module.register_forward_hook(hook))
+                elif site.port == "inputs":
+                    module = at_path(self._root, site.path)
+                    hook = _inputs_hook(self._run, site, self._arrive)
+                    self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             if self._prefix is not None and self._pass is not None:
                 for block in self._pass.keep:
                     module = at_path(self._root, self._prefix.path(block))
@@ -69,13 +79,38 @@ class Patcher:
     ) -> None:
         self._remove()
 
+    def _replace_forwards(self, sites: list[Site]) -> None:
+        """Reach inner operations and skipped modules, which no hook reaches."""
+        run, inner = self._run, dict[str, dict[str, Any]]()
+        if any(site.port.startswith("functions.") for site in sites):
+            self._arrive = _uncounted(run.arrive)
+        for site in sites:
+            if is_inner(site.port):
+                inner.setdefault(site.path, {})[site.port] = _tap(run, site, self._arrive)
+        for path, ports in inner.items():
+            module = at_path(self._root, path)
+            forward = tapped_forward(module, path, ports, run.listens)
+            self._replace(module, forward_name(module), forward)
+        for site in sites:
+            if site.port == "skip":
+                module = at_path(self._root, site.path)
+                self._replace(module, "forward", _skipping(run, site, module.forward))
+
+    def _replace(self, module: torch.nn.Module, name: str, forward: Callable[..., Any]) -> None:
+        """Give this instance another forward until the pass is over."""
+        # accelerate keeps a forward of its own on the instance.
+        self._replaced.append((module, name, module.__dict__.get(name)))
+        setattr(module, name, forward)
+
     def _remove(self) -> None:
         # A second Ctrl-C may arrive between two removals: what it left is removed by the next call.
         try:
+            put_back(self._replaced)
             while self._handles:
                 self._handles[-1].remove()
                 self._handles.pop()
         finally:
+            put_back(self._replaced)
             for handle in self._handles:
                 handle.remove()
 
@@ -83,8 +118,18 @@ class Patcher:
 # Arrivals of another thread's forward, or of a module applied by hand, are not the run's.
 
 
-def _output_hook(run: Run, site: Site) -> Callable[..., Any]:
-    arrive, thread = run.arrive, run.thread
+def _uncounted(arrive: Callable[..., Any]) -> Callable[..., Any]:
+    """What the graph computes is none of the torch functions that a forward calls."""
+
+    def quiet(site: Site, value: Any) -> Any:
+        with torch._C.DisableTorchFunction():
+            return arrive(site, value)
+
+    return quiet
+
+
+def _output_hook(run: Run, site: Site, arrive: Callable[..., Any]) -> Callable[..., Any]:
+    thread = run.thread
 
     def hook(_module: Any, _args: Any, output: Any) -> Any:
         if run.suspended or get_ident() != thread:
@@ -105,8 +150,40 @@ def _keep_hook(run: Run, prefix: Prefix, one: Pass, block: int) -> Callable[...,
     return hook
 
 
-def _inputs_hook(run: Run, site: Site) -> Callable[..., Any]:
-    arrive, thread = run.arrive, run.thread
+def _tap(run: Run, site: Site, arrive: Callable[..., Any]) -> Callable[..., Any]:
+    thread = run.thread
+    if site.port.endswith("skip"):
+
+        def skip(compute: Callable[[], Any], inputs: Any) -> Any:
+            if run.suspended or get_ident() != thread:
+                return compute()
+            return run.skip(site, compute, inputs)
+
+        return skip
+
+    def tap(value: Any) -> Any:
+        if run.suspended or get_ident() != thread:
+            return None
+        return arrive(site, value)
+
+    return tap
+
+
+def _skipping(run: Run, site: Site, original: Callable[..., Any]) -> Callable[..., Any]:
+    thread = run.thread
+
+    # Others look at the signature: `generate` checks its keywords against the root's.
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if run.suspended or get_ident() != thread:
+            return original(*args, **kwargs)
+        return run.skip(site, lambda: original(*args, **kwargs), (args, kwargs))
+
+    return forward
+
+
+def _inputs_hook(run: Run, site: Site, arrive: Callable[..., Any]) -> Callable[..., Any]:
+    thread = run.thread
 
     def hook(_module: Any, args: Any, kwargs: Any) -> Any:
         if run.suspended or get_ident() != thread:

@@ -117,6 +117,10 @@ class Pass:
     positions: int = 0
     arrivals: dict[HookPoint, Arrival] = dataclasses.field(default_factory=dict)
 
+    def touches(self, port: str) -> bool:
+        """True if something is wanted of a port of that kind: "skip", "source"."""
+        return any(port in point.port.split(".") for point in self.arrivals)
+
     def halves(self) -> list[Pass]:
         """This pass as two, with half of its batch each; none if its invokes need each other."""
         count = len(self.invokes)
@@ -170,6 +174,7 @@ class Plan:
         chain: paths of the blocks that passes may start in.
         settings: what was switched on.
         resume: hidden states of earlier runs of the block, and for later ones.
+        skipped: reads and writes inside what their invoke skips, by index, and the skip.
     """
 
     live: bytearray
@@ -178,3 +183,4 @@ class Plan:
     chain: tuple[str, ...]
     settings: Settings
     resume: Resume | None = None
+    skipped: dict[int, Node] = dataclasses.field(default_factory=dict)

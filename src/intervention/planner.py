@@ -18,6 +18,7 @@ from .batches import answered, arrange
 from .order import edges
 from .plan import Arrival, Facts, Pass, Plan, Settings
 from .schedule import Schedule
+from .skip import is_skip, skipped_places
 
 logger = logging.getLogger("graftwork")
 
@@ -50,6 +51,9 @@ def plan(graph: Graph, prompted: Sequence[int], facts: Facts, settings: Settings
         if together is not None and len(passes) > 1:
             raise BlockError.whole_batch(together.location, len(passes))
     result = Plan(live, users, passes, known.chain if known else (), settings)
+    if any(is_skip(point) for _, point in graph.writes):
+        known = known or _measured(facts)
+        result.skipped = skipped_places(graph, live, prompted, known)
     place_arrivals(graph, result, known)
     if settings.less_head:
         less_head(graph, result, facts)
@@ -103,8 +107,11 @@ def place_arrivals(graph: Graph, plan: Plan, schedule: Schedule | None) -> None:
         for invoke in (*one.invokes, *one.shared):
             (base if one.base else home)[invoke] = one
     last = {node.index for node in graph.writes.values()}
+    skipped = plan.skipped
     for node in graph.nodes:
         if not plan.live[node.index] or (node.kind != READ and node.kind != WRITE):
+            continue
+        if skipped and node.index in skipped:
             continue
         invoke, target = node.invoke, node.target
         one = home.get(invoke) or base.get(invoke) or plan.passes[0]

@@ -25,6 +25,7 @@ from .causal import complete, trim
 from .plan import Arrival, Pass, Plan
 from .rows import Change, Misfit, Opaque, Place, fit, narrow, put
 from .schedule import Schedule
+from .skip import as_result, blank, fills_cache, is_skip, without_blanks
 
 
 class Stop(BaseException):
@@ -70,6 +71,7 @@ class Run:
         step: which forward of the root is running, from 0.
         sites: the ports to hook in the current pass.
         suspended: a module is applied by hand now, so its arrivals are not the forward's.
+        generates: the forwards are those of a generation.
         front: the first tokens of a pass that does not compute them.
         places: where each invoke lies in the batch; None if every invoke sees the whole value.
     """
@@ -90,6 +92,7 @@ class Run:
         self.suspended = False
         self.places: dict[int, Place] | None = None
         self.front: Front | None = None
+        self.generates = False
         self._schedule: Callable[[], Schedule] | None = None
         self._known: Schedule | None = None
         self._call_module = call_module
@@ -260,6 +263,62 @@ class Run:
         self.arrived()
         return result
 
+    def skip(self, site: Site, compute: Callable[[], Any], inputs: Any) -> Any:
+        """The result of a module that invokes skip: what they give, and its own for other rows.
+
+        Args:
+            compute: the module's own computation, called where it is needed.
+            inputs: what the module is called with: (args, kwargs).
+
+        Raises:
+            OrderError: a given value has not arrived.
+            ShapeError: a given value is no result of this module.
+        """
+        site.call = site.call + 1 if site.step == self.step else 0
+        site.step = self.step
+        arrival = site.wanted.get((site.step, site.call))
+        if arrival is None:
+            return compute()
+        stand_in = self._stand_in(arrival, inputs)
+        before = compute() if stand_in is None else stand_in
+        changed = self._take_parts(arrival, before)
+        result = before if changed is None else changed
+        if stand_in is not None:
+            result = without_blanks(result, stand_in)
+        self.arrived()
+        return result
+
+    def _stand_in(self, arrival: Arrival, inputs: Any) -> Any:
+        """What takes the place of a module's result; None if the module has to compute."""
+        point = arrival.hook_point
+        if self.generates or fills_cache(inputs) or not self._all_skip(arrival):
+            return None
+        try:
+            given = self._axes(point)
+        except ScheduleError:
+            return None
+        assert self._known is not None
+        port = point.port.removesuffix("skip")
+        visits = self._known.visits
+        taken = visits.get((point.path, f"{port}inputs", point.call))
+        # Places inside count their calls: another call of the module must not take their numbers.
+        if taken is None or (point.path, f"{port}inputs", 1) in visits:
+            return None
+        rows = None if self.places is None else self._rows
+        width = max((width for _, width in self._extents.values()), default=0)
+        return blank(given, taken.axes, inputs, rows, width)
+
+    def _all_skip(self, arrival: Arrival) -> bool:
+        """True if every row that is in the batch now belongs to an invoke that skips."""
+        by = {node.invoke for node in arrival.writes}
+        if by - self._members:
+            return True  # an invoke that sees the whole batch
+        here = self.places or dict.fromkeys(self._extents)
+        return all(
+            invoke in by or (place is not None and place.start * self._each >= self._rows)
+            for invoke, place in here.items()
+        )
+
     def arrived(self) -> None:
         """One thing that this pass waits for is done."""
         self._outstanding -= 1
@@ -366,14 +425,19 @@ class Run:
             after = self.values[node.index]
             self.values[node.index] = None
             self._unwritten.discard(node.index)
-            if places is not None:
-                place = places[node.invoke]
-                before = parts.get(node.invoke)
-                if before is None:
-                    before = narrow(value, axes, place, self._rows, self._each)
-                changes.append(Change(before, after, place, node))
-                continue
+            skips = is_skip(node.target)
             try:
+                if places is not None:
+                    place = places[node.invoke]
+                    before = parts.get(node.invoke)
+                    if before is None:
+                        before = narrow(value, axes, place, self._rows, self._each)
+                    if skips:
+                        after = as_result(after, before)
+                    changes.append(Change(before, after, place, node))
+                    continue
+                if skips:
+                    after = as_result(after, result)
                 result = self._apart(node, result, fit(result, after))
             except Misfit as misfit:
                 raise self._misfit(node, misfit) from None
@@ -510,7 +574,7 @@ class Run:
         read = self._missing(write)
         if read is None:
             return BlockError(f"the value written at {write.location} could not be computed")
-        if read.target.step < self.step:
+        if read.target.step < self.step or read.index in self.plan.skipped:
             return StepError.never_ran(read.describe(), read.location, self._reason(read))
         return OrderError.later(write.describe(), write.location, read.describe(), read.location)
 
@@ -525,6 +589,10 @@ class Run:
 
     def _reason(self, read: Node) -> str:
         hook_point: HookPoint = read.target
+        skip = self.plan.skipped.get(read.index)
+        if skip is not None:
+            what = str(skip.target._replace(step=0)).removesuffix(".skip")
+            return f"`{hook_point.path}` was not called: `{what}` was skipped at {skip.location}"
         if hook_point.step > 0:
             # `step` is the last forward that ran.
             return (

@@ -8,7 +8,7 @@ batch is the batch, 13 → 17 the tokens, 26 → 51 both flattened into one.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from .rows import (
     Axis,
     TensorAxes,
 )
+from .source import forward_name, put_back, tapped_forward
 
 #: (batch, tokens) of the two trial forwards.
 SIZES = ((2, 13), (3, 17))
@@ -50,13 +51,23 @@ class Schedule:
         visits: by (path, port, call).
         chain: paths of the blocks that hand the hidden states on to each other and nothing else;
             empty if there are none, or if that is not certain. See `find_chain`.
+        callees: the functions that measured inner operations call, by path and the port's beginning;
+            at a module whose torch functions are counted, their names.
     """
 
     visits: dict[Key, Visit]
     chain: tuple[str, ...] = ()
+    callees: dict[tuple[str, str], Any] = dataclasses.field(default_factory=dict)
 
     def find(self, hook_point: HookPoint) -> Visit | None:
-        return self.visits.get((hook_point.path, hook_point.port, hook_point.call))
+        path, port, _, call = hook_point
+        if port.endswith("skip"):
+            # Decided right after the inputs, and what is written is a result.
+            place = port.removesuffix("skip")
+            begin = self.visits.get((path, f"{place}inputs", call))
+            end = self.visits.get((path, f"{place}output", call))
+            return Visit(begin.order, end.axes) if begin and end else None
+        return self.visits.get((path, port, call))
 
     def axes(self, hook_point: HookPoint) -> Any:
         visit = self.find(hook_point)
@@ -67,6 +78,7 @@ def measure(
     module: torch.nn.Module,
     make_inputs: Callable[[int, int], tuple[tuple[Any, ...], dict[str, Any]]],
     sorts: Callable[[torch.nn.Module], bool] = lambda module: False,
+    inner: Iterable[tuple[str, str]] = (),
 ) -> Schedule:
     """Run `module` twice on fake tensors and compare.
 
@@ -76,12 +88,16 @@ def measure(
             forward.
         sorts: true for modules that bring the tokens of the batch into an order that depends on the
             data, as experts do. What is inside them belongs to no prompt, and is not in the schedule.
+        inner: operations inside forwards that are measured, too: paths of modules, and ports.
 
     Raises:
         ScheduleError: the module cannot be run on fake tensors.
     """
     try:
-        trial, (second, _) = (_arrivals(module, make_inputs, *size) for size in SIZES)
+        callees: dict[tuple[str, str], Any] = {}
+        trial, (second, _) = (
+            _arrivals(module, make_inputs, *size, inner, callees) for size in SIZES
+        )
         first = trial[0]
         inside = tuple(f"{path}." for path, child in module.named_modules() if sorts(child))
     except GraftworkError:
@@ -101,7 +117,7 @@ def measure(
     chain = find_chain(module, *trial)
     if not all(_is_hidden(visits[path, "output", 0].axes) for path in chain):
         chain = ()
-    return Schedule(visits, chain)
+    return Schedule(visits, chain, callees)
 
 
 def _is_hidden(axes: Any) -> bool:
@@ -282,11 +298,18 @@ def _arrivals(
     make_inputs: Callable[[int, int], tuple[tuple[Any, ...], dict[str, Any]]],
     batch: int,
     tokens: int,
+    inner: Iterable[tuple[str, str]] = (),
+    callees: dict[tuple[str, str], Any] | None = None,
 ) -> tuple[list[_Event], list[_Use]]:
     events: list[_Event] = []
     ledger = _Ledger(events)
 
     def note(key: Key, value: Any) -> None:
+        # What is asked of tensors here is none of the forward's own torch functions.
+        with torch._C.DisableTorchFunction():
+            _note(key, value)
+
+    def _note(key: Key, value: Any) -> None:
         tensors, opaque = [], False
         for leaf in leaves(value):
             if isinstance(leaf, torch.Tensor):
@@ -312,6 +335,39 @@ def _arrivals(
 
         return hook
 
+    def ports(path: str, prefixes: Iterable[str]) -> dict[str, Any]:
+        """What takes in the values of inner operations."""
+        found: dict[str, Any] = {}
+        for prefix in prefixes:
+            place = f"{path}:{prefix}"
+
+            def begin(value: Any, place: str = place, prefix: str = prefix) -> None:
+                call = calls[place] = calls.get(place, -1) + 1
+                open_calls.setdefault(place, []).append(call)
+                note((path, f"{prefix}.inputs", call), value)
+
+            def end(value: Any, place: str = place, prefix: str = prefix) -> None:
+                note((path, f"{prefix}.output", open_calls[place].pop()), value)
+
+            def called(function: Any, prefix: str = prefix) -> None:
+                if callees is not None:
+                    callees[path, prefix] = function
+
+            found.update({f"{prefix}.inputs": begin, f"{prefix}.output": end})
+            found[f"{prefix}.found"] = called
+        return found
+
+    def counted(path: str) -> Callable[[list[str]], None]:
+        def seen(names: list[str]) -> None:
+            if callees is not None:
+                callees[path, "functions"] = names
+
+        return seen
+
+    prefixes: dict[str, set[str]] = {}
+    for path, port in inner:
+        prefixes.setdefault(path, set()).add(port.rpartition(".")[0])
+    replaced: list[tuple[torch.nn.Module, str, Any]] = []
     handles = []
     modes = [(child, child.training) for child in module.modules()]
     try:
@@ -319,12 +375,21 @@ def _arrivals(
         for path, child in module.named_modules(remove_duplicate=False):
             handles.append(child.register_forward_pre_hook(before(path), with_kwargs=True))
             handles.append(child.register_forward_hook(after(path)))
+        for path, own in prefixes.items():
+            child = module.get_submodule(path)
+            wants = counted(path) if any(p.startswith("functions") for p in own) else None
+            names = sorted(p for p in own if "." in p)
+            forward = tapped_forward(child, path, ports(path, names), lambda: True, wants)
+            name = forward_name(child)
+            replaced.append((child, name, child.__dict__.get(name)))
+            setattr(child, name, forward)
         module.eval()
         with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
             args, kwargs = make_inputs(batch, tokens)
             with ledger:
                 module(*args, **kwargs)
     finally:
+        put_back(replaced)
         for handle in handles:
             handle.remove()
         for child, training in modes:

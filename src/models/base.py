@@ -15,6 +15,7 @@ import torch
 from ..envoy import Alias, Envoy
 from ..intervention import (
     Known,
+    Listing,
     Part,
     Pass,
     Places,
@@ -23,7 +24,9 @@ from ..intervention import (
     Schedule,
     Shapes,
     at_path,
+    forward_name,
     gradients_untouched,
+    listing,
     measure,
     no_grad,
     plan,
@@ -31,8 +34,15 @@ from ..intervention import (
     same_draws,
 )
 from ..intervention.rows import bytes_each
-from ..tracing.context import Tracer
-from ..tracing.errors import BlockError, LoadError, ScheduleError, UnknownModuleError
+from ..intervention.source import InnerOperation
+from ..tracing.context import Tracer, current_tracer
+from ..tracing.errors import (
+    BlockError,
+    LoadError,
+    ScheduleError,
+    SourceError,
+    UnknownModuleError,
+)
 from ..tracing.node import Node
 from ..tracing.session import Session
 from ..tracing.structure import ATOMS, leaves, map_leaves
@@ -150,12 +160,18 @@ class Model(Envoy):
     def keeps_cache(self, tracer: Tracer) -> bool:
         return True
 
-    def schedule(self, prompt: Any = None, tracer: Tracer | None = None) -> Schedule:
+    def schedule(
+        self,
+        prompt: Any = None,
+        tracer: Tracer | None = None,
+        inner: frozenset[tuple[str, str]] = frozenset(),
+    ) -> Schedule:
         """What the forward does, measured once for each kind of prompt, without weights.
 
         Args:
             prompt: one of that kind.
             tracer: the block, whose options may change what the forward returns.
+            inner: operations inside forwards that are measured beside those of the block.
 
         Raises:
             ScheduleError: the model cannot be run on fake tensors.
@@ -163,6 +179,11 @@ class Model(Envoy):
         with self._lock:
             options = self._trial_options(tracer) if tracer is not None else {}
             kind = self._kind_of(prompt) + (repr(options) if options else "")
+            if tracer is not None:
+                inner |= tracer.graph.inner_operations()
+            if inner:
+                inner = self._in_all_layers(inner)
+                kind += repr(sorted(inner))
             found = self._schedules.get(kind)
             if found is None:
                 try:
@@ -170,6 +191,7 @@ class Model(Envoy):
                         self._skeleton_to_measure(),
                         lambda batch, tokens: self._trial_inputs(batch, tokens, prompt, options),
                         self._sorts_tokens,
+                        inner,
                     )
                 except ScheduleError as error:
                     found = error
@@ -177,6 +199,47 @@ class Model(Envoy):
             if isinstance(found, ScheduleError):
                 raise found
             return found
+
+    def _in_all_layers(self, inner: frozenset[tuple[str, str]]) -> frozenset[tuple[str, str]]:
+        """The same operations of all modules of the same class: a sweep measures once."""
+        found: set[tuple[str, str]] = set()
+        tree = self.tree()
+        for path, port in inner:
+            kind, place = type(at_path(tree, path)), port.rpartition(".")[0]
+            alike = (p for p, child in tree.named_modules() if type(child) is kind)
+            found.update((other, f"{place}.output") for other in alike)
+        return frozenset(found)
+
+    def operations(self, path: str, prefix: str) -> Listing:
+        """The operations inside the forward of a module.
+
+        Args:
+            prefix: of their ports: "source", "functions", or that of an operation and "source".
+
+        Raises:
+            SourceError: they cannot be had.
+        """
+        module = self.submodule(path)
+        if prefix == "source":
+            what = f"the forward of `{path}` ({type(module).__name__})"
+            return listing(getattr(module, forward_name(module)), what)
+        functions = prefix == "functions"
+        place = prefix if functions else prefix.removesuffix(".source")
+        tracer = current_tracer()
+        prompts = [i.prompt for i in tracer.invokes if i.prompt is not None] if tracer else []
+        try:
+            schedule = self.schedule(
+                next(iter(prompts), None), inner=frozenset({(path, f"{place}.output")})
+            )
+        except ScheduleError as error:
+            raise SourceError.never_called(path, place, f"there is none: {error}") from error
+        called = schedule.callees.get((path, place))
+        if called is None:
+            raise SourceError.never_called(path, place, "that run did not reach it")
+        if functions:
+            rows = tuple(InnerOperation(name, name, 0) for name in called)
+            return Listing(f"torch functions that `{path}` calls, as in a trial run", rows)
+        return listing(called, f"`{place}` of `{path}`")
 
     def _skeleton_to_measure(self) -> torch.nn.Module:
         try:

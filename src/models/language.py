@@ -440,7 +440,9 @@ class LanguageModel(Model):
                 options["past_key_values"], options["use_cache"] = cache, True
                 if one.cut:
                     inputs = _from_token(inputs, one.cut)
-            elif one.starts or (len(prompts) > 1 and not self._sees_output(one)):
+            elif one.starts or (
+                (len(prompts) > 1 or one.touches("skip")) and not self._sees_output(one)
+            ):
                 # Skipped blocks would leave gaps in a cache; and nobody sees it.
                 options.setdefault("use_cache", False)
             return module(**inputs, **options)

@@ -337,6 +337,41 @@ class ScheduleError(GraftworkError):
         )
 
 
+class SourceError(GraftworkError, AttributeError):
+    """An operation inside a forward that cannot be reached."""
+
+    @classmethod
+    def no_text(cls, what: str) -> SourceError:
+        return cls(
+            f"{what} has no source text that Python can read: it was made by `exec`, written in C or "
+            "typed where nothing is kept. The torch functions that a module calls can be reached "
+            "without its text: `module.functions`."
+        )
+
+    @classmethod
+    def not_plain(cls, what: str, reason: str) -> SourceError:
+        return cls(
+            f"the operations inside {what} cannot be reached: it is {reason}. The torch functions that "
+            "a module calls can be reached all the same: `module.functions`."
+        )
+
+    @classmethod
+    def module(cls, what: str) -> SourceError:
+        return cls(
+            f"{what} calls a module. Write `.source` of that module itself: `model.path.source`."
+        )
+
+    @classmethod
+    def operation(cls, where: str, name: str, known: Iterable[str]) -> SourceError:
+        return cls(f"{where} has no operation `{name}`. {near(name, known)}")
+
+    @classmethod
+    def never_called(cls, path: str, prefix: str, reason: str) -> SourceError:
+        return cls(
+            f"which function `{prefix}` of `{path}` calls is only known from a trial run, and {reason}"
+        )
+
+
 class InputError(GraftworkError, ValueError):
     """A prompt that cannot be run."""
 

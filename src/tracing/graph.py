@@ -36,10 +36,21 @@ class Graph:
         fixed_positions: it holds positions of tokens that fit prompts of these lengths alone.
     """
 
-    __slots__ = ("_saved", "fixed_positions", "needs_grad", "nodes", "saves", "writes")
+    __slots__ = (
+        "_inner",
+        "_saved",
+        "_searched",
+        "fixed_positions",
+        "needs_grad",
+        "nodes",
+        "saves",
+        "writes",
+    )
 
     def __init__(self) -> None:
         self._saved: tuple[int, ...] = ()
+        self._inner: set[tuple[str, str]] = set()
+        self._searched = 0
         self.fixed_positions = False
         self.nodes: list[Node] = []
         self.saves: list[tuple[Node, Box]] = []
@@ -74,6 +85,14 @@ class Graph:
                 for argument in arguments(node):
                     alive[argument.index] = 1
         return alive
+
+    def inner_operations(self) -> frozenset[tuple[str, str]]:
+        """The operations inside forwards that it names: path of the module, and port."""
+        for node in self.nodes[self._searched :]:
+            if (node.kind == READ or node.kind == WRITE) and "." in node.target.port:
+                self._inner.add((node.target.path, node.target.port))
+        self._searched = len(self.nodes)
+        return frozenset(self._inner)
 
     def release(self) -> None:
         """Let go of the boxes; which nodes were saved stays known."""

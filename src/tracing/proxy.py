@@ -605,6 +605,16 @@ def assign(recording: Recording, proxy: Proxy, value: Any) -> None:
     recording.current[place] = type(proxy)(recording, node, place)
 
 
+def write_in(recording: Recording, hook_point: HookPoint, value: Any) -> None:
+    """`module.skip(value)`: what is to be at a place that is only written."""
+    node = _lower(recording, value)
+    if type(node) is not Node:
+        node = recording.graph.append(CALL, CONSTANT, (node, None), None, recording.invoke)
+    place = (recording.invoke, hook_point)
+    _write(recording, place, node)
+    recording.current[place] = Proxy(recording, node, place)
+
+
 def _is_part(value: Any, whole: Proxy, operation: Operation, args: tuple[Any, ...]) -> bool:
     """True if `value` is that view of `whole` already, so that storing it there changes nothing."""
     if type(value) is not Proxy or value._parent is not whole or value._view is None:

@@ -91,6 +91,8 @@ def snapshot(value: Any) -> Any:
         return value
     parts = children(value)
     if parts is None:
+        if callable(value):
+            return value  # a module among the arguments of a function, say
         # Caches and other objects of the model grow in place during generation.
         return copy.deepcopy(value)
     return rebuild(value, [snapshot(part) for part in parts])
