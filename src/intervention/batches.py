@@ -62,10 +62,11 @@ def unsplittable(
             continue
         can = known.get(node.target)
         if can is None:
-            visit = schedule.find(node.target)
-            can = known[node.target] = node.target.port == "result" or (
-                visit is not None and splits(visit.axes, padded)
-            )
+            can = node.target.port in ("result", "grad")
+            if not can:
+                visit = schedule.find(node.target)
+                can = visit is not None and splits(visit.axes, padded)
+            known[node.target] = can
         if not can or _takes_opaque_field(node, users, schedule):
             alone.add(node.invoke)
     return alone
@@ -301,6 +302,8 @@ def arrange(
     looking: set[int] = set()
     cut: dict[int, int] = {}
     may = settings.prefix_reuse and not together and not facts.generates and facts.may_share()
+    # Autograd goes back through the whole forward of a prompt.
+    may = may and not graph.backwards
     if may and schedule is not None:
         more, looking = beyond_hidden_states(graph, live, users, schedule)
         unshared = alone | whole_outputs(graph, live, users)

@@ -127,7 +127,7 @@ class Places:
         return self._known
 
     def of(self, point: HookPoint) -> Position | None:
-        if point.port == "result":
+        if point.port in ("result", "grad"):
             return position(point, self._known or Schedule({}))
         known = self.schedule()
         return None if known is None else position(point, known)

@@ -8,7 +8,7 @@ from graphlib import CycleError, TopologicalSorter
 
 from ..tracing.errors import OrderError, ScheduleError
 from ..tracing.graph import Graph, arguments
-from ..tracing.node import READ, HookPoint, Node
+from ..tracing.node import READ, GradPoint, HookPoint, Node
 from .schedule import Schedule
 
 #: Position of a place in a run: its step and its place in the order of that forward.
@@ -34,7 +34,7 @@ class Edge:
 
 def position(hook_point: HookPoint, schedule: Schedule) -> Position | None:
     """Where a hook point comes in a run; None for a place that the trial forward never reached."""
-    if hook_point.port == "result":
+    if hook_point.port in ("result", "grad"):
         return _RESULT
     visit = schedule.find(hook_point)
     return None if visit is None else (hook_point.step, visit.order)
@@ -48,7 +48,8 @@ def requirements(graph: Graph, live: bytearray) -> dict[int, frozenset[int]]:
         if not live[node.index]:
             continue
         if node.kind == READ:
-            needed[node.index] = frozenset((node.index,))
+            own = frozenset((node.index,))
+            needed[node.index] = own if type(node.target) is HookPoint else _of_loss(graph, node)
             continue
         found = nothing
         for argument in arguments(node):
@@ -57,6 +58,26 @@ def requirements(graph: Graph, live: bytearray) -> dict[int, frozenset[int]]:
         needed[node.index] = found
     last = (node.index for node in graph.writes.values())
     return {index: needed[index] or nothing for index in last if live[index]}
+
+
+def _of_loss(graph: Graph, gradient: Node) -> frozenset[int]:
+    """The reads that the loss of a gradient depends on."""
+    number = gradient.target.backward
+    stack: list[Node] = graph.backwards[number : number + 1]
+    seen = {node.index for node in stack}
+    found = set()
+    while stack:
+        node = stack.pop()
+        if node.kind == READ and type(node.target) is HookPoint:
+            found.add(node.index)
+        more = list(arguments(node))
+        if type(node.target) is GradPoint:
+            more = graph.backwards[node.target.backward : node.target.backward + 1]
+        for argument in more:
+            if argument.index not in seen:
+                seen.add(argument.index)
+                stack.append(argument)
+    return frozenset(found)
 
 
 def edges(graph: Graph, live: bytearray, schedule: Callable[[], Schedule]) -> list[Edge]:
@@ -85,7 +106,7 @@ def edges(graph: Graph, live: bytearray, schedule: Callable[[], Schedule]) -> li
 
 
 def _later(read: HookPoint, write: HookPoint, schedule: Callable[[], Schedule]) -> bool:
-    if read.step != write.step and "result" not in (read.port, write.port):
+    if read.step != write.step and not {"result", "grad"} & {read.port, write.port}:
         return read.step > write.step
     try:
         first, second = position(read, schedule()), position(write, schedule())

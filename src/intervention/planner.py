@@ -114,6 +114,8 @@ def place_arrivals(graph: Graph, plan: Plan, schedule: Schedule | None) -> None:
         if skipped and node.index in skipped:
             continue
         invoke, target = node.invoke, node.target
+        if target.port == "grad":
+            continue  # autograd brings it, not the forward
         one = home.get(invoke) or base.get(invoke) or plan.passes[0]
         start = one.starts.get(invoke, 0)
         if (

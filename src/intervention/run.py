@@ -10,16 +10,25 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Callable, Iterable
-from heapq import heappop, heappush
+from functools import partial
+from heapq import heapify, heappop, heappush
 from typing import Any
 
 import torch
 
-from ..tracing.errors import BlockError, OrderError, ScheduleError, ShapeError, StepError
+from ..tracing.errors import (
+    BlockError,
+    GraftworkError,
+    OrderError,
+    ScheduleError,
+    ShapeError,
+    StepError,
+    add_note,
+)
 from ..tracing.graph import Box, Graph, arguments
 from ..tracing.interpreter import Interpreter
-from ..tracing.node import CALL, READ, WRITE, HookPoint, Node
-from ..tracing.operations import APPLY, ELEMENT, FIRST_ARGUMENT, IN_PLACE, PUT, VIEW
+from ..tracing.node import CALL, READ, WRITE, GradPoint, HookPoint, Node
+from ..tracing.operations import APPLY, BACKWARD, ELEMENT, FIRST_ARGUMENT, IN_PLACE, PUT, VIEW
 from ..tracing.structure import leaves, map_leaves, snapshot
 from .causal import complete, trim
 from .plan import Arrival, Pass, Plan
@@ -47,6 +56,14 @@ class Site:
     def wanted_after_first(self) -> bool:
         """True if a later step than the first forward is wanted."""
         return any(step > 0 for step, _ in self.wanted)
+
+
+@dataclasses.dataclass(slots=True)
+class Gradient:
+    """What is wanted of the gradient of one value in one backward."""
+
+    reads: list[Node] = dataclasses.field(default_factory=list)
+    writes: list[Node] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(slots=True)
@@ -84,6 +101,7 @@ class Run:
         parameter: Callable[[str], Any],
     ) -> None:
         count = len(graph.nodes)
+        self._traced = graph.traced
         self.graph = graph
         self.plan = plan
         self.values: list[Any] = [None] * count
@@ -121,6 +139,14 @@ class Run:
         self._outstanding = 0
         self._may_stop = self._whole = False
         self._rows = self._each = 1
+        # Of the nodes whose gradients are wanted: what is, by backward.
+        self._gradients: dict[int, dict[int, Gradient]] = {}
+        self._backward: int | None = None  # the one that runs
+        self._postponed: list[int] = []  # backwards that became ready inside another one
+        self._left = len(graph.backwards)
+        self._handles: list[Any] = []
+        if graph.traced:
+            self._want_gradients()
         self._drain()
 
     # ---------------------------------------------------------------- a pass
@@ -496,6 +522,8 @@ class Run:
     def _bind(self, node: Node, value: Any) -> None:
         index = node.index
         self._done[index] = 1
+        if self._traced and index in self._traced:
+            value = self._on_path(node, value)
         boxes = self._boxes.get(index)
         if boxes is not None:
             opaque = _opaque(value)
@@ -532,6 +560,12 @@ class Run:
             node = nodes[heappop(self._ready)]
             if node.target is APPLY:
                 value = self._unheard(self._interpreter.evaluate, node)
+            elif node.target is BACKWARD:
+                if self._backward is not None:
+                    self._postponed.append(node.index)
+                    continue
+                self._derive(node)
+                value = None
             else:
                 value = self._interpreter.evaluate(node)
             for argument in arguments(node):
@@ -539,6 +573,121 @@ class Run:
                 if free and not remaining[argument.index]:
                     values[argument.index] = None
             self._bind(node, value)
+
+    # ---------------------------------------------------------------- gradients
+
+    def _want_gradients(self) -> None:
+        """Note which gradients are read and written, and let each backward wait for the values that
+        are written into its gradients."""
+        graph, users = self.graph, self.plan.users
+        for node in graph.nodes:
+            point = node.target
+            if type(point) is not GradPoint or not self.plan.live[node.index]:
+                continue
+            wanted = self._gradients.setdefault(point.node.index, {})
+            arrival = wanted.setdefault(point.backward, Gradient())
+            if node.kind == READ:
+                arrival.reads.append(node)
+            elif node.index in self._unwritten:
+                arrival.writes.append(node)
+                if point.backward < len(graph.backwards):
+                    backward = graph.backwards[point.backward]
+                    for read in self._reads_of(node):
+                        known = users[read.index]
+                        users[read.index] = [backward] if known is None else [*known, backward]
+                        self._waiting[backward.index] += 1
+                        self._remaining[read.index] += 1
+
+    def _reads_of(self, write: Node) -> list[Node]:
+        """The places of the forward that a written gradient depends on."""
+        found, seen, stack = [], {write.index}, [write]
+        while stack:
+            node = stack.pop()
+            if node.kind == READ and type(node.target) is HookPoint:
+                found.append(node)
+            for argument in arguments(node):
+                if argument.index not in seen:
+                    seen.add(argument.index)
+                    stack.append(argument)
+        return found
+
+    def _on_path(self, node: Node, value: Any) -> Any:
+        """`value` in tensors that autograd passes through.
+
+        In a batch, and where the weights are frozen, the part of a prompt is no tensor of the
+        forward's own computation: then it becomes one by being written back.
+        """
+        apart = node.kind == READ and self.places is not None
+
+        def alias(leaf: Any) -> Any:
+            if not isinstance(leaf, torch.Tensor) or not leaf.is_floating_point():
+                return leaf
+            if not leaf.requires_grad:
+                return leaf.detach().requires_grad_()
+            return leaf.view_as(leaf) if apart else leaf
+
+        value = map_leaves(alias, value)
+        wanted = node.index in self._gradients and isinstance(value, torch.Tensor)
+        if wanted and value.requires_grad:
+            hook = partial(self._gradient_arrives, node.index)
+            self._handles.append(value.register_hook(hook))
+        return value
+
+    def _derive(self, node: Node) -> None:
+        """Run a backward. The memory of the forward is kept while another one is to come."""
+        (loss, gradient, inputs), kwargs = self._interpreter.resolve(node)
+        self._left -= 1
+        if kwargs["retain_graph"] is None:
+            kwargs["retain_graph"] = self._left > 0 or kwargs["create_graph"]
+        self._backward = self.graph.backwards.index(node)
+        try:
+            BACKWARD.function(loss, gradient, inputs, **kwargs)
+        except GraftworkError:
+            raise
+        except Exception as error:
+            add_note(error, f"graftwork: in {node.describe()}, recorded at {node.location}")
+            raise
+        finally:
+            self._backward = None
+        for index in self._postponed:
+            heappush(self._ready, index)
+        self._postponed.clear()
+
+    def _gradient_arrives(self, index: int, gradient: torch.Tensor) -> torch.Tensor | None:
+        """Take in the gradient of a node's value; return its replacement, or None to leave it.
+
+        Called by autograd in the middle of a backward. Only what the gradient makes ready runs here,
+        and with gradients recorded, as it would outside.
+        """
+        if self._backward is None:
+            return None  # somebody derives a saved value after the run
+        arrival = self._gradients[index].get(self._backward)
+        if arrival is None:
+            return None
+        kept, ready = self._kept, self._ready
+        self._kept, self._ready = [], []
+        try:
+            with torch.enable_grad():
+                for node in arrival.reads:
+                    self._bind(node, gradient)
+                self._drain()
+            result: torch.Tensor | None = None
+            for write in arrival.writes:
+                if not self._done[write.index]:
+                    raise self._too_late(write)
+                after = self.values[write.index]
+                self.values[write.index] = None
+                self._unwritten.discard(write.index)
+                try:
+                    result = fit(gradient, after)
+                except Misfit as misfit:
+                    raise self._misfit(write, misfit) from None
+            self._detach(gradient)
+            return result
+        finally:
+            ready += self._ready
+            heapify(ready)
+            self._kept, self._ready = kept, ready
 
     def _apply_module(self, path: str, *args: Any, **kwargs: Any) -> Any:
         return self._unheard(self._call_module, path, *args, **kwargs)
@@ -588,11 +737,16 @@ class Run:
         return ShapeError.write(place, location, misfit.expected, misfit.found)
 
     def _reason(self, read: Node) -> str:
-        hook_point: HookPoint = read.target
+        hook_point: HookPoint | GradPoint = read.target
         skip = self.plan.skipped.get(read.index)
         if skip is not None:
             what = str(skip.target._replace(step=0)).removesuffix(".skip")
             return f"`{hook_point.path}` was not called: `{what}` was skipped at {skip.location}"
+        if isinstance(hook_point, GradPoint):
+            if hook_point.backward >= len(self.graph.backwards):
+                return "no `backward()` of the block gives it"
+            loss = self.graph.backwards[hook_point.backward]
+            return f"the loss derived at {loss.location} does not depend on it"
         if hook_point.step > 0:
             # `step` is the last forward that ran.
             return (
@@ -626,6 +780,9 @@ class Run:
     def close(self) -> None:
         """Break the cycles and let go of what is left, also after a failed run: nothing may wait for
         the garbage collector."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
         del self._interpreter
         self._schedule = None
         self.values.clear()
@@ -655,4 +812,5 @@ def _owns(node: Node, users: list[Node] | None) -> bool:
 
 def no_grad(graph: Graph) -> Any:
     """Gradients are recorded only if the block or a prompt has a tensor that asks for them."""
-    return torch.set_grad_enabled(torch.is_grad_enabled() and graph.needs_grad)
+    wanted = bool(graph.backwards) or (torch.is_grad_enabled() and graph.needs_grad)
+    return torch.set_grad_enabled(wanted)

@@ -16,7 +16,7 @@ from ..tracing.context import Tracer
 from ..tracing.errors import InputError, NotRunError, OperationError, ScheduleError
 from ..tracing.graph import arguments
 from ..tracing.interpreter import Interpreter
-from ..tracing.node import CALL, READ, Captured, HookPoint, Later, Node
+from ..tracing.node import CALL, READ, Captured, GradPoint, HookPoint, Later, Node
 from ..tracing.operations import ELEMENT, GETITEM
 from ..tracing.structure import map_leaves
 from .rows import TOKEN, UNKNOWN, Opaque, TensorAxes, map_axes
@@ -282,7 +282,9 @@ class Fakes:
         return self._structure.submodule(path).forward(*args, **kwargs)
 
     def _read(self, node: Node) -> Any:
-        hook_point: HookPoint = node.target
+        hook_point: HookPoint | GradPoint = node.target
+        if isinstance(hook_point, GradPoint):
+            return self.value(hook_point.node)
         axes = self._schedule(node).axes(hook_point)
         if axes is None:
             raise ScheduleError.no_schedule(

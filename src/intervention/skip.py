@@ -37,7 +37,7 @@ def skipped_places(
     skips = [node for place, node in graph.writes.items() if live[node.index] and is_skip(place[1])]
     found: dict[int, Node] = {}
     for node in graph.nodes:
-        if node.kind not in (READ, WRITE) or node.target.port == "result":
+        if node.kind not in (READ, WRITE) or node.target.port in ("result", "grad"):
             continue
         for skip in skips:
             mine = skip.invoke == node.invoke or skip.invoke not in own

@@ -338,7 +338,8 @@ class Model(Envoy):
     def execute(self, tracer: Tracer) -> Any:
         """Plan a finished block, load the weights if they are not loaded, and run it."""
         known: Known | None = tracer.recording.known
-        if known is None:
+        if known is None or tracer.graph.backwards:
+            # Autograd must see how values came to be.
             return self.run(tracer)
         places = self._places(tracer)
         known.update(tracer, places)
@@ -347,13 +348,15 @@ class Model(Envoy):
     def demand(self, tracer: Tracer, node: Node) -> Any:
         """The value of a node of a block that is still open: runs what it needs."""
         known: Known = tracer.recording.known or Known()
+        if tracer.graph.backwards:
+            known = Known()  # autograd must see how values came to be
         tracer.recording.known = known
         places = self._places(tracer)
         known.update(tracer, places)
         if node.index not in known.values:
             part = known.part(tracer, node, places)
             untouched: AbstractContextManager[None] = nullcontext()
-            if getattr(tracer.graph, "backwards", None):
+            if tracer.graph.backwards:
                 untouched = gradients_untouched(tracer.graph, self.load().parameters())
             with untouched:
                 self._run_part(tracer, known, part)

@@ -156,6 +156,8 @@ class Tracer(Block):
         self.part: Any = None
         self.recording = Recording(backend.oracle(self))
         self.recording.compute = self._compute
+        if generates:
+            self.recording.no_gradients = "transformers generates without gradients: use `trace`"
         self._implicit: Invoker | None = None
         if args or prompt_kwargs:
             prompt = backend.prepare(args, prompt_kwargs)

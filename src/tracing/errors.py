@@ -318,6 +318,10 @@ class StepError(GraftworkError):
     def never_ran(cls, what: str, location: Location, reason: str) -> StepError:
         return cls(f"{what} has no value: {reason}. Recorded at {location}")
 
+    @classmethod
+    def no_gradient(cls, reason: str, location: Location) -> StepError:
+        return cls(f"`backward()` cannot be here: {reason}. Recorded at {location}")
+
 
 class ScheduleError(GraftworkError):
     """A fact about the model's structure is needed and cannot be had."""

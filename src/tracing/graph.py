@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from .node import CALL, KINDS, PARAMETER, READ, WRITE, Captured, HookPoint, Node, user_frame
+from .node import (
+    CALL,
+    KINDS,
+    PARAMETER,
+    READ,
+    WRITE,
+    Captured,
+    GradPoint,
+    HookPoint,
+    Node,
+    user_frame,
+)
 from .structure import ATOMS, leaves
 
 
@@ -32,6 +43,8 @@ class Graph:
         nodes: every node; `nodes[i].index == i` and arguments come before their users.
         saves: saved nodes and the boxes that wait for their values, until the run has ended.
         writes: the last WRITE node of each invoke at each hook point.
+        backwards: the nodes of `backward()`, in recorded order.
+        traced: indices of the nodes whose values autograd must pass through.
         needs_grad: a captured tensor requires grad.
         fixed_positions: it holds positions of tokens that fit prompts of these lengths alone.
     """
@@ -40,10 +53,12 @@ class Graph:
         "_inner",
         "_saved",
         "_searched",
+        "backwards",
         "fixed_positions",
         "needs_grad",
         "nodes",
         "saves",
+        "traced",
         "writes",
     )
 
@@ -56,6 +71,8 @@ class Graph:
         self.saves: list[tuple[Node, Box]] = []
         self.writes: dict[tuple[int, HookPoint], Node] = {}
         self.needs_grad = False
+        self.backwards: list[Node] = []
+        self.traced: set[int] = set()
 
     def append(
         self,
@@ -78,12 +95,14 @@ class Graph:
         alive = bytearray(len(self.nodes))
         for index in self.saved():
             alive[index] = 1
-        for node in self.writes.values():
+        for node in (*self.writes.values(), *self.backwards):
             alive[node.index] = 1
         for node in reversed(self.nodes):
             if alive[node.index] and node.args:
                 for argument in arguments(node):
                     alive[argument.index] = 1
+            elif alive[node.index] and type(node.target) is GradPoint:
+                alive[node.target.node.index] = 1
         return alive
 
     def inner_operations(self) -> frozenset[tuple[str, str]]:
@@ -112,6 +131,7 @@ class Graph:
         graph = Graph()
         graph.nodes, graph.writes = self.nodes, self.writes
         graph.needs_grad, graph.fixed_positions = self.needs_grad, self.fixed_positions
+        graph.backwards, graph.traced = self.backwards, self.traced
         for number, index in enumerate(self.saved_in_order()):
             graph.saves.append((self.nodes[index], Box(number)))
         return graph

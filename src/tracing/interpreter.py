@@ -47,10 +47,9 @@ class Interpreter:
         try:
             if node.kind == PARAMETER:
                 return self.parameter(node.target)
-            args = tuple(self._resolve(node, argument) for argument in node.args)
+            args, kwargs = self.resolve(node)
             if node.kind == WRITE:
                 return args[0]
-            kwargs = {key: self._resolve(node, value) for key, value in node.kwargs.items()}
             if node.kind == MODULE:
                 return self.call_module(node.target, *args, **kwargs)
             assert node.kind == CALL
@@ -62,6 +61,13 @@ class Interpreter:
         except Exception as error:
             add_note(error, f"graftwork: in {node.describe()}, recorded at {node.location}")
             raise
+
+    def resolve(self, node: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The values of the arguments of `node`."""
+        args = tuple(self._resolve(node, argument) for argument in node.args)
+        if not node.kwargs:
+            return args, {}
+        return args, {key: self._resolve(node, value) for key, value in node.kwargs.items()}
 
     def _resolve(self, node: Node, argument: Any) -> Any:
         kind = type(argument)

@@ -91,6 +91,26 @@ class HookPoint(NamedTuple):
         return name + (f" at step {self.step}" if self.step else "")
 
 
+class GradPoint(NamedTuple):
+    """The gradient of the value of a node, in one backward pass. A place like a HookPoint.
+
+    Attributes:
+        path: the node in the user's terms.
+        node: whose gradient it is.
+        backward: which `backward()` of the block, from 0.
+    """
+
+    path: str
+    node: Node
+    backward: int
+    port: str = "grad"
+    step: int = 0
+    call: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.path}.grad"
+
+
 class Captured:
     """A tensor from outside the block, with the version it had when it was recorded."""
 

@@ -197,6 +197,15 @@ FIRST_ARGUMENT = Operation("first argument", _first_argument, VIEW, inverse=_put
 APPLY = Operation("apply", _apply)
 
 
+def _backward(loss: Any, gradient: Any, inputs: Any, **options: Any) -> None:
+    # Without numbers there is nothing to derive.
+    if not loss.is_meta:
+        loss.backward(gradient, inputs=inputs, **options)
+
+
+BACKWARD = Operation("backward", _backward)
+
+
 def _put(whole: Any, part: Any, view: Operation, args: Any, kwargs: Any) -> Any:
     return view.put(whole, part, *args, **kwargs)
 

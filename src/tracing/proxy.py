@@ -28,13 +28,16 @@ from .errors import (
     NotRunError,
     NotSavedError,
     OperationError,
+    ScheduleError,
+    StepError,
     near,
 )
-from .graph import Box
-from .node import CALL, WRITE, Captured, HookPoint, Node, user_line
+from .graph import Box, Graph
+from .node import CALL, READ, WRITE, Captured, GradPoint, HookPoint, Node, user_line
 from .operations import (
     AGAIN,
     APPLY,
+    BACKWARD,
     ELEMENT,
     FIELD,
     FIRST_ARGUMENT,
@@ -206,6 +209,55 @@ class Proxy:
     def ndim(self) -> Any:
         return _described(self, lambda leaf: leaf.ndim)
 
+    # ---------------------------------------------------------------- gradients
+
+    def backward(
+        self,
+        gradient: Any = None,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
+        inputs: Any = None,
+    ) -> Any:
+        """Derive this value at that point of the run, as `Tensor.backward` does.
+
+        The memory of the forward is kept until the last backward of the block has run.
+
+        Returns:
+            A context: inside `with loss.backward():`, `.grad` means the gradients of this backward.
+            Elsewhere it means those of the last one written so far, or of the first one to come.
+
+        Raises:
+            StepError: the block is a generation, which runs without gradients.
+        """
+        recording = self._recording
+        if recording.state is not OPEN:
+            return self._known().backward(gradient, retain_graph, create_graph, inputs)
+        if recording.no_gradients is not None:
+            raise StepError.no_gradient(recording.no_gradients, user_line(2))
+        graph = recording.graph
+        args = (_current(self), _lower(recording, gradient), _lower(recording, inputs))
+        options = {"retain_graph": retain_graph, "create_graph": create_graph}
+        graph.backwards.append(graph.append(CALL, BACKWARD, args, options, recording.invoke))
+        graph.needs_grad = True
+        return Backward(recording, len(graph.backwards) - 1)
+
+    @property
+    def grad(self) -> Any:
+        """The gradient of this value in a backward of the block; it may be edited and replaced.
+
+        Of a part, such as `h[:, -1]`, it is that part of the gradient of the whole.
+        """
+        if self._recording.state is not OPEN:
+            return self._known().grad
+        return _gradient(self)
+
+    @grad.setter
+    def grad(self, value: Any) -> None:
+        if self._recording.state is not OPEN:
+            self._known().grad = _unwrap(value)
+            return
+        assign(self._recording, _gradient(self), value)
+
     # ---------------------------------------------------------------- indexing
 
     def __getitem__(self, key: Any) -> Any:
@@ -263,11 +315,6 @@ class Proxy:
             return getattr(self._recording.ask().value(_current(self)), name)
         if name in _ON_DEMAND:
             return lambda *args: getattr(self._on_demand(f".{name}()"), name)(*args)
-        if name in ("backward", "grad"):
-            raise OperationError(
-                f"`.{name}` inside a block is not supported yet. Save the value and take gradients "
-                "after the block; captured parameters receive them."
-            )
         if name in METHODS and name not in _FIELDS_FIRST:
             return Method(self, name)
         if name.startswith("_"):
@@ -466,6 +513,23 @@ class BlockOutput(Proxy):
         return super().__iter__()
 
 
+class Backward:
+    """One `backward()` of a block; inside `with loss.backward():` `.grad` means its gradients."""
+
+    __slots__ = ("_before", "_number", "_recording")
+
+    def __init__(self, recording: Recording, number: int) -> None:
+        self._recording = recording
+        self._number = number
+        self._before: int | None = None
+
+    def __enter__(self) -> None:
+        self._before, self._recording.backward = self._recording.backward, self._number
+
+    def __exit__(self, *exception: Any) -> None:
+        self._recording.backward = self._before
+
+
 class Tokens:
     """`proxy.t`: positions counted in the prompt's own tokens, whatever it is batched with."""
 
@@ -577,6 +641,62 @@ def _assign(proxy: Proxy, node: Node) -> None:
     # A proxy whose hook point was assigned anew since stands for the old value alone.
     if place is not None and recording.current.get(place) is proxy:
         _write(recording, place, node)
+
+
+def _gradient(proxy: Proxy) -> Any:
+    """The proxy of the gradient of `proxy`.
+
+    A view shows the memory of its whole, so its gradient is that view of the whole's gradient: the
+    one of the topmost tensor among its parents. For autograd to pass through it, what arrived at a
+    hook point is written back there.
+    """
+    recording, graph = proxy._recording, proxy._recording.graph
+    chain = [proxy]
+    while chain[-1]._parent is not None:
+        chain.append(chain[-1]._parent)
+    root = chain[-1]
+    top = next(i for i in reversed(range(len(chain))) if i == 0 or _is_tensor(chain[i]))
+    node = _current(chain[top])
+    place = root._place
+    number = recording.backward
+    if number is None:
+        number = _last_backward(graph, recording.invoke, node.invoke)
+    point = GradPoint(node.describe().strip("`"), node, number)
+    if place is not None and root._node.kind == READ and type(place[1]) is HookPoint:
+        graph.traced.add(root._node.index)
+        if recording.current.get(place) is root and place not in graph.writes:
+            _write(recording, place, root._node)
+    graph.traced.add(node.index)
+    where: Any = (node.invoke, point)
+    found = recording.current.get(where)
+    if found is None:
+        read = graph.append(READ, point, (), None, node.invoke)
+        found = recording.current[where] = Proxy(recording, read, where)
+    for view in reversed(chain[:top]):
+        if view._view is not None:
+            operation, args, kwargs = view._view
+            found = _record(recording, operation, (found, *args), kwargs)
+    return found
+
+
+def _last_backward(graph: Graph, *invokes: int) -> int:
+    """The last backward written in the first of the invokes that has one; else the next to come."""
+    for invoke in invokes:
+        for number in reversed(range(len(graph.backwards))):
+            if graph.backwards[number].invoke == invoke:
+                return number
+    return len(graph.backwards)
+
+
+def _is_tensor(proxy: Proxy) -> bool:
+    if proxy._view is not None and proxy._view[0] is ELEMENT:
+        return True
+    try:
+        return isinstance(proxy._recording.ask().value(_current(proxy)), torch.Tensor)
+    except ScheduleError:
+        # The model cannot be measured: a module's inputs are no tensor, other roots may be one.
+        target = proxy._node.target
+        return not (type(target) is HookPoint and target.port == "inputs")
 
 
 def _write(recording: Recording, place: tuple[int, HookPoint], node: Node) -> None:

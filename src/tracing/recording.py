@@ -42,14 +42,18 @@ class Recording:
         known: what such runs have found, until the block has ended.
         session: the session that the block belongs to.
         no_values: why no value can be had here; None where it can.
+        no_gradients: why no `backward()` can be here; None where it can.
+        backward: which backward `.grad` means, inside `with loss.backward():`.
     """
 
     __slots__ = (
+        "backward",
         "compute",
         "current",
         "graph",
         "invoke",
         "known",
+        "no_gradients",
         "no_values",
         "oracle",
         "saved",
@@ -70,6 +74,8 @@ class Recording:
         self.known: Any = None
         self.session: Any = None
         self.no_values: str | None = None
+        self.backward: int | None = None
+        self.no_gradients: str | None = None
 
     def close(self, state: str) -> None:
         """End the block. What was delivered belongs to the user's proxies alone from here on: no
