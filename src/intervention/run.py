@@ -770,7 +770,9 @@ class Run:
                 if not box.full and box.error is None:
                     read = self._missing(self.graph.nodes[index]) or self.graph.nodes[index]
                     reason = self._reason(read) if read.kind == READ else "it was not computed"
-                    box.error = StepError.never_ran(read.describe(), read.location, reason)
+                    error = StepError.never_ran(read.describe(), read.location, reason)
+                    error.ended = read.kind == READ and read.target.step > 0
+                    box.error = error
         for index in sorted(self._unwritten):
             node = self.graph.nodes[index]
             if node.target.step == 0 and node.target.port != "result":

@@ -391,6 +391,9 @@ class Model(Envoy):
         with self._lock, no_grad(graph):
             return Execution(self, tracer, work, module).run()
 
+    def most_steps(self, tracer: Tracer, prompt: Any) -> int:
+        return 1
+
     def explain(self, tracer: Tracer) -> Explanation:
         """The plan of a block as text."""
         return explain(self, tracer)

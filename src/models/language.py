@@ -317,6 +317,16 @@ class LanguageModel(Model):
                     f"pass the {limit} positions of the model."
                 )
 
+    def most_steps(self, tracer: Tracer, prompt: Any) -> int:
+        new = self._option(tracer, "max_new_tokens")
+        if new is not None:
+            return int(new)
+        total = self._option(tracer, "max_length")
+        if total is None:
+            return 20  # transformers' own default
+        width = 0 if prompt is None or self.config.is_encoder_decoder else prompt.width
+        return max(1, int(total) - width)
+
     def batch_class(self, tracer: Tracer, invoke: int) -> Hashable:
         alike: Hashable = super().batch_class(tracer, invoke)
         if not tracer.generates:

@@ -35,6 +35,9 @@ class Scan:
         self._model = model
         self.prepare, self.oracle, self.explain = model.prepare, model.oracle, model.explain
 
+    def most_steps(self, tracer: Tracer, prompt: Any) -> int:
+        return 1  # a scan is one forward
+
     def demand(self, tracer: Tracer, node: Node) -> Any:
         raise AssertionError("the recording of a scan says that it has no values")
 

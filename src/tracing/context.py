@@ -17,6 +17,7 @@ from .graph import Graph
 from .node import READ, HookPoint, Later, Node, user_line
 from .proxy import Proxy
 from .recording import ABANDONED, DONE, FAILED, OPEN, RUNNING, Oracle, Recording
+from .steps import Iter, Steps
 from .structure import leaves
 
 
@@ -59,6 +60,9 @@ class Backend(Protocol):
 
     def demand(self, tracer: Tracer, node: Node) -> Any:
         """Run what is recorded so far as far as the value of `node` needs it, and return that."""
+
+    def most_steps(self, tracer: Tracer, prompt: Any) -> int:
+        """How many forwards a generation can have at most."""
 
     def explain(self, tracer: Tracer) -> Any:
         """A text about the plan of the block."""
@@ -262,6 +266,10 @@ class Tracer(Block):
         first = [invoker.prompt for invoker in self.invokes if invoker.prompt is not None]
         if not first:
             raise BlockError.empty()
+        if self.recording.looped:
+            raise BlockError(
+                "a block with `with tracer.iter[…]` cannot be compiled; use a `for` loop."
+            )
 
         def run(graph: Graph, prompts: tuple[Any, ...]) -> None:
             again = Tracer(
@@ -285,6 +293,26 @@ class Tracer(Block):
 
         experiment = Experiment(self.graph, first, run)
         return experiment
+
+    @property
+    def iter(self) -> Iter:
+        """Steps of the generation, for the open invoke: `with tracer.iter[0:3] as step:` is recorded
+        once and its saved values become lists; `for step in tracer.iter[0:3]:` records each step.
+
+        Raises:
+            BlockError: the block is a trace, which is one forward.
+        """
+        if not self.generates:
+            raise BlockError("a trace is one forward and has no steps. Use `model.generate(...)`.")
+        return Iter(self.recording, self._most_steps)
+
+    def all(self) -> Steps:
+        """All steps of the generation: `iter[:]`."""
+        return self.iter[:]
+
+    def _most_steps(self) -> int:
+        prompt = self.invokes[max(self.recording.invoke, 0)].prompt
+        return self._backend.most_steps(self, prompt)
 
     def next(self, steps: int = 1) -> Invoker:
         """As `Invoker.next`, for a block that was given its prompt directly."""

@@ -115,6 +115,27 @@ class BlockError(GraftworkError):
         return cls(f"`{what}` was called on a block that is closed. Call it inside its `with`.")
 
     @classmethod
+    def steps(cls, what: str) -> BlockError:
+        return cls(
+            f"`{what}`: steps are whole numbers from 0 in rising order: `iter[0:3]`, `iter[[0, 2]]`, "
+            "`iter[4]`. How many there will be is not known, so they are not counted from the end."
+        )
+
+    @classmethod
+    def left_loop(cls, what: str, location: Location) -> BlockError:
+        return cls(
+            f"{what} belongs to a `with tracer.iter[…]` block and has one value for each of its steps. "
+            f"Save it there, and use the list after the run. Recorded at {location}"
+        )
+
+    @classmethod
+    def changes_outer(cls, what: str, location: Location) -> BlockError:
+        return cls(
+            f"{what} is from before the `with tracer.iter[…]` block and is changed in it. Use "
+            f"`for step in tracer.iter[…]`, or save a value for each step. Recorded at {location}"
+        )
+
+    @classmethod
     def whole_batch(cls, location: Location, passes: int) -> BlockError:
         return cls(
             f"the whole batch was used at {location}, but the prompts of this block cannot run "
@@ -312,7 +333,13 @@ class CapturedTensorError(GraftworkError):
 
 
 class StepError(GraftworkError):
-    """A place that the forward never reached."""
+    """A place that the forward never reached.
+
+    Attributes:
+        ended: the generation ended before it.
+    """
+
+    ended = False
 
     @classmethod
     def never_ran(cls, what: str, location: Location, reason: str) -> StepError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from .errors import StepError
 from .node import (
     CALL,
     KINDS,
@@ -34,6 +35,30 @@ class Box:
         self.full = False
         self.value: Any = None
         self.error: Exception | None = None
+
+
+class Series(Box):
+    """Where a value arrives that is saved at each step of a loop: a list, in the order of the steps."""
+
+    __slots__ = ("parts",)
+
+    def __init__(self) -> None:
+        self.number = -1
+        self.parts: list[Box] = []
+
+    @property
+    def full(self) -> bool:  # type: ignore[override]
+        return self.error is None and all(p.full or p.error is not None for p in self.parts)
+
+    @property
+    def value(self) -> list[Any]:
+        return [part.value for part in self.parts if part.full]
+
+    @property
+    def error(self) -> Exception | None:  # type: ignore[override]
+        """The first error that is no step that never came."""
+        errors = (p.error for p in self.parts if p.error is not None)
+        return next((e for e in errors if not (isinstance(e, StepError) and e.ended)), None)
 
 
 class Graph:

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from .errors import (
+    BlockError,
     CapturedTensorError,
     ForeignProxyError,
     NotRunError,
@@ -600,6 +601,11 @@ def _current(proxy: Proxy) -> Node:
     return proxy._node
 
 
+def current_node(proxy: Proxy) -> Node:
+    """The node that the proxy stands for now."""
+    return _current(proxy)
+
+
 def _laid_out(proxy: Proxy) -> Node:
     """As `_current`, with the strides that torch's tensor would have.
 
@@ -636,6 +642,8 @@ def _assign(proxy: Proxy, node: Node) -> None:
         _assign(parent, whole)
         proxy._node, proxy._seen = node, whole
         return
+    if recording.loop is not None and proxy._node.index < recording.loop:
+        raise BlockError.changes_outer(proxy._node.describe(), proxy._node.location)
     proxy._node = node
     place = proxy._place
     # A proxy whose hook point was assigned anew since stands for the old value alone.
@@ -825,7 +833,10 @@ def _lower(recording: Recording, value: Any) -> Any:
         if value._recording is recording:
             if recording.state is not OPEN:
                 raise NotRunError.recording(value._node.describe(), value._node.location)
-            return _current(value)
+            node = _current(value)
+            if recording.looped:
+                recording.check(node)
+            return node
         session = recording.session
         if session is not None and value._recording.session is session:
             return session.later(value._recording, _current(value), recording)

@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 import torch
 
-from .errors import NotRunError
-from .graph import Box, Graph
+from .errors import BlockError, NotRunError
+from .graph import Box, Graph, Series
 from .node import HookPoint, Node, user_line
 
 OPEN, RUNNING, DONE, FAILED, ABANDONED = "open", "running", "done", "failed", "abandoned"
@@ -41,6 +41,8 @@ class Recording:
         compute: runs what is recorded so far up to a node, for its value.
         known: what such runs have found, until the block has ended.
         session: the session that the block belongs to.
+        loop: index of the first node of the loop over steps that is open; None outside.
+        looped: there was such a loop, whose own proxies have no single value.
         no_values: why no value can be had here; None where it can.
         no_gradients: why no `backward()` can be here; None where it can.
         backward: which backward `.grad` means, inside `with loss.backward():`.
@@ -53,6 +55,8 @@ class Recording:
         "graph",
         "invoke",
         "known",
+        "loop",
+        "looped",
         "no_gradients",
         "no_values",
         "oracle",
@@ -74,6 +78,8 @@ class Recording:
         self.known: Any = None
         self.session: Any = None
         self.no_values: str | None = None
+        self.loop: int | None = None
+        self.looped = False
         self.backward: int | None = None
         self.no_gradients: str | None = None
 
@@ -108,7 +114,18 @@ class Recording:
         finally:
             self.state = OPEN
 
+    def check(self, node: Node) -> None:
+        """Raises BlockError for a node of a loop over steps that has ended."""
+        nodes = self.graph.nodes
+        if node.index >= len(nodes) or nodes[node.index] is not node:
+            raise BlockError.left_loop(node.describe(), node.location)
+
+    def box(self, node: Node) -> Box:
+        """Where a value arrives that is saved in a block with loops."""
+        self.check(node)
+        return Box(len(self.graph.saves)) if self.loop is None else Series()
+
     def save(self, node: Node) -> Box:
-        box = Box(len(self.graph.saves))
+        box = Box(len(self.graph.saves)) if not self.looped else self.box(node)
         self.graph.saves.append((node, box))
         return box

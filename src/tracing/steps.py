@@ -1,0 +1,164 @@
+"""Owns loops over the steps of a generation: `tracer.iter[a:b]` and `tracer.all()`.
+
+As a `for` loop, each round records at its step. As a `with`, the block is recorded once: its nodes are
+a template, which is put into the graph once for each step when the block ends. So planner and run
+know nothing of loops. A step that never comes leaves its nodes without values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from .errors import BlockError
+from .graph import Box, Series
+from .node import CALL, READ, WRITE, Node
+from .operations import Operation
+from .proxy import CONSTANT, Proxy, current_node
+from .recording import OPEN, Recording
+from .structure import map_leaves
+
+STEP = Operation("step", lambda: None)
+
+
+class Iter:
+    """`tracer.iter`, to be indexed with a slice, a list or one step."""
+
+    __slots__ = ("_most", "_recording")
+
+    def __init__(self, recording: Recording, most: Callable[[], int]) -> None:
+        self._recording = recording
+        self._most = most
+
+    def __getitem__(self, key: Any) -> Steps:
+        if isinstance(key, slice):
+            ends = (key.start, key.stop, key.step)
+            if any(end is not None and (type(end) is not int or end < 0) for end in ends):
+                raise BlockError.steps(f"iter[{key.start}:{key.stop}]")
+            most = self._most()
+            stop = most if key.stop is None else min(key.stop, most)
+            return Steps(self._recording, range(key.start or 0, stop, key.step or 1))
+        several = isinstance(key, (list, tuple, range))
+        steps = list(key) if several else [key]
+        if any(type(step) is not int or step < 0 for step in steps) or steps != sorted({*steps}):
+            raise BlockError.steps(f"iter[{key!r}]")
+        return Steps(self._recording, steps, single=not several)
+
+
+class Steps:
+    """Steps of a generation, for a `for` loop or a `with` block."""
+
+    __slots__ = ("_kept", "_recording", "_single", "_start", "_steps")
+
+    def __init__(self, recording: Recording, steps: Any, single: bool = False) -> None:
+        self._recording = recording
+        self._steps: list[int] = list(steps)
+        self._single = single
+        self._start = 0
+        self._kept: tuple[Any, ...] = ()
+
+    def __iter__(self) -> Iterator[int]:
+        self._check()
+        recording, before = self._recording, self._recording.step
+        try:
+            for step in self._steps:
+                recording.step = step
+                yield step
+        finally:
+            recording.step = before
+
+    def _check(self) -> None:
+        recording = self._recording
+        if recording.state is not OPEN or recording.invoke < 0:
+            raise BlockError.closed("iter")
+        if recording.loop is not None:
+            raise BlockError(
+                "A loop over steps was opened inside another one. Close the first one."
+            )
+
+    def __enter__(self) -> Any:
+        self._check()
+        recording, graph = self._recording, self._recording.graph
+        self._kept = (
+            recording.step,
+            recording.current,
+            graph.writes,
+            graph.saves,
+            recording.no_values,
+        )
+        if self._single:
+            recording.step = self._steps[0]
+            return recording.step
+        self._start = recording.loop = len(graph.nodes)
+        recording.looped = True
+        recording.step = self._steps[0] if self._steps else 0
+        recording.current, graph.writes, graph.saves = {}, {}, []
+        recording.no_values = (
+            "this block is recorded once for several steps; `for step in tracer.iter[…]` "
+            "records each by itself"
+        )
+        return Proxy(recording, graph.append(CALL, STEP, (), None, recording.invoke))
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        recording, graph = self._recording, self._recording.graph
+        if self._single:
+            recording.step = self._kept[0]
+            return
+        current, writes, saves = recording.current, graph.writes, graph.saves
+        nodes = graph.nodes[self._start :]
+        first = self._steps[0] if self._steps else 0
+        del graph.nodes[self._start :]
+        recording.step, recording.current, graph.writes, graph.saves, before = self._kept
+        recording.no_values, recording.loop = before, None
+        self._kept = ()
+        if kind is not None:
+            return
+        for step in self._steps:
+            values = self._place(nodes, step, step - first)
+            for (invoke, point), write in writes.items():
+                place = (invoke, _shifted(point, step - first))
+                node = values.get(write.args[0].index, write.args[0])
+                graph.writes[place] = self._copy(write, place[1], (node,), {})
+                if (invoke, point) in current:
+                    kind_of = type(current[invoke, point])
+                    recording.current[place] = kind_of(recording, node, place)
+            for node, series in saves:
+                part = Box(len(graph.saves))
+                assert isinstance(series, Series)
+                series.parts.append(part)
+                graph.saves.append((values[node.index], part))
+
+    def _place(self, nodes: list[Node], step: int, shift: int) -> dict[int, Node]:
+        """Put the template into the graph for one step; gives its nodes by their old index."""
+        recording = self._recording
+        values: dict[int, Node] = {}
+
+        def swap(leaf: Any) -> Any:
+            return values.get(leaf.index, leaf) if type(leaf) is Node else leaf
+
+        for node in nodes:
+            if node.kind == WRITE:
+                continue
+            if node.target is STEP:
+                values[node.index] = self._copy(node, CONSTANT, (step, None), {})
+            elif node.kind == READ:
+                place = (node.invoke, _shifted(node.target, shift))
+                known = recording.current.get(place)
+                if known is None:
+                    new = self._copy(node, place[1], (), {})
+                    known = recording.current[place] = Proxy(recording, new, place)
+                values[node.index] = current_node(known)
+            else:
+                args, kwargs = map_leaves(swap, node.args), map_leaves(swap, node.kwargs)
+                values[node.index] = self._copy(node, node.target, args, kwargs)
+        return values
+
+    def _copy(self, node: Node, target: Any, args: Any, kwargs: Any) -> Node:
+        nodes = self._recording.graph.nodes
+        new = Node(len(nodes), node.kind, target, args, kwargs, node.invoke, node.file, node.line)
+        nodes.append(new)
+        return new
+
+
+def _shifted(point: Any, shift: int) -> Any:
+    return point if point.port == "result" else point._replace(step=point.step + shift)

@@ -1,0 +1,159 @@
+"""Loops over the steps of a generation, against plain transformers and plain hooks."""
+
+import pytest
+import torch
+
+from graftwork import LanguageModel
+from graftwork.tracing.errors import BlockError, NotRunError, StepError
+
+PROMPT = "The Eiffel Tower is in the city of"
+OTHER = "Big Ben is in the city of"
+
+
+@pytest.fixture(scope="module")
+def model() -> LanguageModel:
+    return LanguageModel("graftwork/tiny")
+
+
+def forwards(model, prompt, new, edit=None, **options):
+    """Ids of a plain generation, and what a block returns in each of its forwards."""
+    module, seen = model.load(), []
+
+    def hook(_module, _args, output):
+        changed = None if edit is None else edit(len(seen), output)
+        seen.append((output if changed is None else changed).clone())
+        return changed
+
+    handle = module.transformer.h[1].register_forward_hook(hook)
+    ids = torch.tensor([model.tokenizer(prompt)["input_ids"]])
+    result = module.generate(ids, max_new_tokens=new, do_sample=False, **options)
+    handle.remove()
+    return result, seen
+
+
+def test_a_loop_recorded_once_saves_each_step(model) -> None:
+    with model.generate(PROMPT, max_new_tokens=4) as tracer:
+        with tracer.iter[0:3]:
+            hidden = model.transformer.h[1].output.save()
+        with tracer.all():
+            token = model.lm_head.output[:, -1].argmax(-1).save()
+        after = model.transformer.h[0].output.save()
+    ids, seen = forwards(model, PROMPT, 4)
+    assert torch.equal(tracer.output, ids)
+    assert len(hidden) == 3
+    for found, wanted in zip(hidden.value, seen, strict=False):
+        torch.testing.assert_close(found, wanted)
+    new = ids.shape[1] - len(model.tokenizer(PROMPT)["input_ids"])
+    assert [int(t) for t in token.value] == ids[0, -new:].tolist()
+    assert after.shape[1] == ids.shape[1] - new
+
+
+def test_edits_in_a_loop_use_the_step_and_touch_those_steps_alone(model) -> None:
+    vector = torch.ones(128)
+    with model.generate(PROMPT, max_new_tokens=4) as tracer:
+        with tracer.iter[[0, 2]] as step:
+            model.transformer.h[1].output[:] += vector * (step + 1)
+        with tracer.all():
+            hidden = model.transformer.h[1].output.save()
+    ids, seen = forwards(
+        model, PROMPT, 4, lambda i, out: out + vector * (i + 1) if i in (0, 2) else None
+    )
+    assert torch.equal(tracer.output, ids) and len(hidden) == len(seen)
+    for found, wanted in zip(hidden.value, seen, strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_each_prompt_has_its_own_steps(model) -> None:
+    with model.generate(max_new_tokens=3) as tracer:
+        with tracer.invoke(PROMPT):
+            with tracer.iter[1:3]:
+                first = model.transformer.h[1].output.save()
+        with tracer.invoke(OTHER):
+            with tracer.iter[:]:
+                model.transformer.h[1].output[:, -1] = 0
+                second = model.transformer.h[1].output.save()
+            last = model.lm_head.output.save()
+
+    def zero(_step, output):
+        output = output.clone()
+        output[:, -1] = 0
+        return output
+
+    _, plain = forwards(model, PROMPT, 3)
+    _, edited = forwards(model, OTHER, 3, zero)
+    assert [v.shape for v in first.value] == [v.shape for v in plain[1:3]]
+    for found, wanted in zip((*first.value, *second.value), (*plain[1:3], *edited), strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+    assert last.value.shape[0] == 1
+
+
+def test_steps_that_never_come_leave_a_shorter_list(model) -> None:
+    ids, _ = forwards(model, PROMPT, 4)
+    width = len(model.tokenizer(PROMPT)["input_ids"])
+    stop = int(ids[0, width + 1])
+    new = 1 + ids[0, width:].tolist().index(stop)
+    with model.generate(PROMPT, max_new_tokens=8, eos_token_id=stop) as tracer:
+        with tracer.all() as step:
+            hidden = model.transformer.h[1].output.save()
+            number = (step * 1).save()
+        singles = []
+        for _ in tracer.iter[:]:
+            singles.append(model.transformer.h[1].output.save())
+    assert len(hidden) == new < 8
+    assert number.value[:new] == list(range(new))
+    assert singles[new - 1].value.shape[0] == 1
+    with pytest.raises(StepError, match="ended before"):
+        _ = singles[new].value
+
+
+def test_a_for_loop_records_each_step(model) -> None:
+    saved = []
+    with model.generate(PROMPT, max_new_tokens=3) as tracer:
+        for step in tracer.iter[0:3]:
+            if step == 1:
+                continue
+            saved.append(model.transformer.h[1].output.save())
+        with tracer.iter[1]:
+            middle = model.transformer.h[1].output.save()
+    _, seen = forwards(model, PROMPT, 3)
+    for found, wanted in zip((saved[0], middle, saved[1]), seen, strict=True):
+        torch.testing.assert_close(found.value, wanted)
+
+
+def test_beams_are_edited_with_their_own_prompt(model) -> None:
+    with model.generate(max_new_tokens=3, num_beams=2, eos_token_id=None) as tracer:
+        with tracer.invoke(PROMPT):
+            with tracer.all():
+                model.transformer.h[1].output[:] = 0
+        with tracer.invoke(OTHER):
+            with tracer.all():
+                hidden = model.transformer.h[1].output.save()
+    _, seen = forwards(model, OTHER, 3, num_beams=2, eos_token_id=None)
+    for found, wanted in zip(hidden.value, seen, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_what_a_loop_cannot_do_is_said(model) -> None:
+    with pytest.raises(BlockError, match="one forward"), model.trace(PROMPT) as tracer:
+        tracer.iter[0:2]
+    for bad in (slice(-2, None), -1, [2, 0], "x"):
+        with pytest.raises(BlockError, match="rising order"):
+            with model.generate(PROMPT, max_new_tokens=2) as tracer:
+                tracer.iter[bad]
+    with pytest.raises(NotRunError, match="recorded once"):
+        with model.generate(PROMPT, max_new_tokens=2) as tracer, tracer.all() as step:
+            if step == 1:
+                pass
+    with pytest.raises(BlockError, match="inside another"):
+        with model.generate(PROMPT, max_new_tokens=2) as tracer, tracer.all(), tracer.all():
+            pass
+    with pytest.raises(BlockError, match="one value for each"):
+        with model.generate(PROMPT, max_new_tokens=2) as tracer:
+            with tracer.all():
+                hidden = model.transformer.h[1].output
+            hidden.save()
+    with pytest.raises(BlockError, match="from before"):
+        with model.generate(PROMPT, max_new_tokens=2) as tracer:
+            total = model.transformer.h[1].output.sum()
+            with tracer.all():
+                total += 1
