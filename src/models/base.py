@@ -8,6 +8,7 @@ import logging
 import threading
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -390,6 +391,27 @@ class Model(Envoy):
             work = self.plan(tracer, causal=False)
         with self._lock, no_grad(graph):
             return Execution(self, tracer, work, module).run()
+
+    def paths(self, modules: Any) -> list[str]:
+        # Containers such as ModuleList have no forward, so nothing arrives there.
+        known = [
+            name
+            for name, child in self.tree().named_modules()
+            if name and type(child).forward is not torch.nn.Module.forward
+        ]
+        if modules is None:
+            return known
+        found: dict[str, None] = {}
+        for module in [modules] if isinstance(modules, (str, Envoy)) else modules:
+            pattern = module.path if isinstance(module, Envoy) else str(module)
+            named = [name for name in known if fnmatchcase(name, pattern)]
+            if "*" in pattern:  # a star is one name, as in a path of files
+                named = [name for name in named if name.count(".") == pattern.count(".")]
+            if not named:
+                kind = type(self.tree()).__name__
+                raise UnknownModuleError.child("", kind, pattern, known)
+            found.update(dict.fromkeys(named))
+        return list(found)
 
     def most_steps(self, tracer: Tracer, prompt: Any) -> int:
         return 1

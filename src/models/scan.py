@@ -27,6 +27,8 @@ class Scanned(Protocol):
 
     def plan(self, tracer: Tracer) -> Plan: ...
 
+    def paths(self, modules: Any) -> list[str]: ...
+
 
 class Scan:
     """Ends a block by evaluating what it recorded on meta tensors."""
@@ -34,6 +36,9 @@ class Scan:
     def __init__(self, model: Scanned) -> None:
         self._model = model
         self.prepare, self.oracle, self.explain = model.prepare, model.oracle, model.explain
+
+    def paths(self, modules: Any) -> list[str]:
+        return self._model.paths(modules)
 
     def most_steps(self, tracer: Tracer, prompt: Any) -> int:
         return 1  # a scan is one forward

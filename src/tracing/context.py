@@ -11,6 +11,7 @@ from contextvars import ContextVar, Token
 from types import TracebackType
 from typing import Any, Protocol
 
+from .cache import Cache
 from .errors import BlockError, Location, NotRunError
 from .experiment import Experiment
 from .graph import Graph
@@ -61,6 +62,9 @@ class Backend(Protocol):
     def demand(self, tracer: Tracer, node: Node) -> Any:
         """Run what is recorded so far as far as the value of `node` needs it, and return that."""
 
+    def paths(self, modules: Any) -> list[str]:
+        """The paths of the modules that a cache names; None names all. Raises UnknownModuleError."""
+
     def most_steps(self, tracer: Tracer, prompt: Any) -> int:
         """How many forwards a generation can have at most."""
 
@@ -103,6 +107,12 @@ class Invoker:
 
     def __exit__(self, *exception: Any) -> None:
         recording = self._recording
+        if recording.caches:
+            pending = recording.caches.copy()
+            recording.caches.clear()
+            for cache, steps in pending if exception[0] is None else ():
+                recording.step = 0
+                cache.record(steps)
         self._step = recording.step
         recording.invoke, recording.step = -1, 0
 
@@ -310,6 +320,33 @@ class Tracer(Block):
         """All steps of the generation: `iter[:]`."""
         return self.iter[:]
 
+    def cache(
+        self,
+        modules: Any = None,
+        device: Any = None,
+        dtype: Any = None,
+        include_inputs: bool = False,
+    ) -> Cache:
+        """Keep what many modules return, as it is after all edits of this invoke.
+
+        Args:
+            modules: modules, their paths, or patterns such as "transformer.h.*"; None for all.
+            device: where the values go as they arrive; None leaves them where they are.
+            dtype: what floating values become.
+            include_inputs: keep what the modules are called with, too.
+
+        Raises:
+            BlockError: no invoke is open.
+            UnknownModuleError: there is no such module.
+        """
+        recording = self.recording
+        if recording.state is not OPEN or recording.invoke < 0:
+            raise BlockError.no_invoke("tracer.cache()")
+        paths = self._backend.paths(modules)
+        cache = Cache(recording, paths, device, dtype, include_inputs)
+        recording.caches.append((cache, self.all() if self.generates else None))
+        return cache
+
     def _most_steps(self) -> int:
         prompt = self.invokes[max(self.recording.invoke, 0)].prompt
         return self._backend.most_steps(self, prompt)
@@ -348,6 +385,8 @@ class Tracer(Block):
         assert self._token is not None
         current_block.reset(self._token)
         recording = self.recording
+        if self._implicit is not None and recording.caches:
+            self._implicit.__exit__(kind, error, traceback)
         session, self._session = self._session, None
         if session is not None:
             session.leave(self, kind is not None)

@@ -41,6 +41,7 @@ class Recording:
         compute: runs what is recorded so far up to a node, for its value.
         known: what such runs have found, until the block has ended.
         session: the session that the block belongs to.
+        caches: what the open invoke records when it ends.
         loop: index of the first node of the loop over steps that is open; None outside.
         looped: there was such a loop, whose own proxies have no single value.
         no_values: why no value can be had here; None where it can.
@@ -50,6 +51,7 @@ class Recording:
 
     __slots__ = (
         "backward",
+        "caches",
         "compute",
         "current",
         "graph",
@@ -80,6 +82,7 @@ class Recording:
         self.no_values: str | None = None
         self.loop: int | None = None
         self.looped = False
+        self.caches: list[Any] = []
         self.backward: int | None = None
         self.no_gradients: str | None = None
 
