@@ -202,6 +202,37 @@ def toy_case(runs: int) -> list[str]:
     ]
 
 
+def training_case(name: str, module: GPT2LMHeadModel, runs: int) -> str:
+    """One step of training a steering vector: a block with a backward, against a plain hook."""
+    module.requires_grad_(False)
+    model = graftwork.LanguageModel(module)
+    ids = torch.arange(32).unsqueeze(0)
+    vector = torch.nn.Parameter(torch.zeros(module.config.n_embd))
+    optimizer = torch.optim.Adam([vector], lr=1e-3)
+    block = module.transformer.h[0]
+
+    def plain() -> None:
+        handle = block.register_forward_hook(lambda m, a, output: output + vector)
+        # A block unembeds the last position alone, so this does, too.
+        logits = module(ids, use_cache=False, logits_to_keep=1).logits[0, -1]
+        handle.remove()
+        (-torch.log_softmax(logits, -1)[7]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def ours() -> None:
+        with model.trace(ids):
+            model.transformer.h[0].output[:] += vector
+            logits = model.lm_head.output[0, -1]
+            (-torch.log_softmax(logits, -1)[7]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    times = interleave({"plain": plain, "ours": ours}, runs)
+    module.requires_grad_(True)
+    return row(f"training a steering vector, {name}", times["ours"], times["plain"], 1.1)
+
+
 def row(name: str, ours: list[float], plain: list[float], limit: float | None) -> str:
     a, b = statistics.median(ours) * 1000, statistics.median(plain) * 1000
     bound = f"{limit} ×" if limit else ""
@@ -271,6 +302,9 @@ def main() -> None:
     full = gpt2(12, 768, 12, 50257)
     for line in trace_case("GPT-2 small shape, 12 block outputs, 32 tokens", full, runs, 1.02):
         print(line, flush=True)
+    print(training_case("GPT-2 small shape, 32 tokens", full, runs), flush=True)
+    tiny = gpt2(2, 128, 4, 1000)
+    print(training_case("2 layers, d_model 128, 32 tokens", tiny, runs), flush=True)
     print(generate_case(runs), flush=True)
     for line in toy_case(5 * runs):
         print(line, flush=True)
