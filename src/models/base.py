@@ -95,6 +95,9 @@ class Model(Envoy):
                 f"Model takes a torch.nn.Module, not {type(module).__name__}. For a hub id or folder "
                 "use LanguageModel."
             )
+        compiled = compiled_in(module)
+        if compiled is not None:
+            raise LoadError.compiled(compiled)
         super().__init__(self, "")
         self._module: torch.nn.Module | None = module
         self._skeleton: torch.nn.Module | None = None
@@ -587,6 +590,17 @@ class Model(Envoy):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return super().__call__(*args, **kwargs)
+
+
+def compiled_in(module: torch.nn.Module) -> str | None:
+    """What in `module` is compiled, so that hooks on it would be compiled with it, or not run."""
+    for path, child in module.named_modules():
+        kinds = [kind.__name__ for kind in type(child).__mro__]
+        if "OptimizedModule" in kinds or getattr(child, "_compiled_call_impl", None) is not None:
+            return f"`{path}` is compiled by torch.compile" if path else "it is compiled"
+        if isinstance(child, torch.jit.ScriptModule):
+            return f"`{path}` is a TorchScript module" if path else "it is a TorchScript module"
+    return None
 
 
 def _clone(leaf: Any) -> Any:

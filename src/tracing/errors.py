@@ -410,6 +410,13 @@ class InputError(GraftworkError, ValueError):
 class LoadError(GraftworkError):
     """A model that cannot be found or loaded."""
 
+    @classmethod
+    def compiled(cls, what: str) -> LoadError:
+        return cls(
+            f"this module cannot be looked into: {what}, and what runs then is no longer its modules. "
+            "Give the module as it was before it was compiled (`compiled._orig_mod`)."
+        )
+
 
 class OperationError(GraftworkError, TypeError):
     """An operation that cannot be recorded."""
