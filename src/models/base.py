@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from fnmatch import fnmatchcase
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -114,8 +115,8 @@ class Model(Envoy):
                 )
         self._envoys: dict[str, Envoy] = {}
         self._schedules: dict[str, Schedule | ScheduleError] = {}
-        # One run at a time: hooks of two runs on one module would see each other's forwards.
-        self._lock = threading.RLock()
+        assert self._module is not None
+        self._lock = lock_of(self._module)
 
     # ---------------------------------------------------------------- the module
 
@@ -590,6 +591,18 @@ class Model(Envoy):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return super().__call__(*args, **kwargs)
+
+
+# One run at a time, also where a module has several wrappers: what one run puts in the place of a
+# block's forward would be run by the other, too.
+_locks: WeakKeyDictionary[torch.nn.Module, threading.RLock] = WeakKeyDictionary()
+_making_lock = threading.Lock()
+
+
+def lock_of(module: torch.nn.Module) -> threading.RLock:
+    """The lock that runs on `module` hold."""
+    with _making_lock:
+        return _locks.setdefault(module, threading.RLock())
 
 
 def compiled_in(module: torch.nn.Module) -> str | None:

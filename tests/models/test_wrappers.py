@@ -1,5 +1,7 @@
 """What can be wrapped: several wrappers on one module, and modules that are compiled."""
 
+import threading
+
 import pytest
 import torch
 
@@ -26,6 +28,35 @@ def test_two_wrappers_of_one_module_do_not_see_each_other() -> None:
     torch.testing.assert_close(edited.value, module[2].bias.detach().expand(2, 2))
     torch.testing.assert_close(both.value, (module(x) + module[2].bias).detach())
     torch.testing.assert_close(whole.value, module[0](x).detach())
+
+
+def test_two_wrappers_run_in_two_threads_without_seeing_each_other() -> None:
+    module, x = net(), torch.randn(2, 3)
+    wanted, errors = module(x).detach(), []
+
+    def work(number: int) -> None:
+        model = Model(module)
+        for _ in range(100):
+            with model.trace(x):
+                if number:
+                    model[1].output[:] = 0
+                found = model[2].output.save()
+            zero = module[2].bias.detach().expand(2, 2)
+            if not torch.allclose(found.value, zero if number else wanted):
+                errors.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    held, own = Model(module), Model(module)
+    with held._lock:
+        other = threading.Thread(target=lambda: errors.append(own._lock.acquire(blocking=False)))
+        other.start()
+        other.join()
+    assert errors == [False]
 
 
 # torch warns of its own use of TorchScript, which it deprecates, when it compiles.
