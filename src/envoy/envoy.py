@@ -16,6 +16,7 @@ from ..tracing.errors import BlockError, OperationError, UnknownModuleError
 from ..tracing.node import MODULE, PARAMETER, HookPoint
 from ..tracing.proxy import BlockOutput, Proxy, assign, first_argument, record_node
 from ..tracing.structure import leaves
+from .tree import tree_html
 
 
 class Alias(Protocol):
@@ -236,6 +237,9 @@ class Envoy:
 
     def __repr__(self) -> str:
         return repr(self._root.submodule(self._path))
+
+    def _repr_html_(self) -> str:
+        return tree_html(self._root.submodule(self._path), self._path)
 
 
 class Calls:
