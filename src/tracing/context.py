@@ -126,7 +126,7 @@ class Tracer:
         self.uses_output = False
         self._token: Token[Tracer | None] | None = None
         self.location = user_line(3)
-        self.recording = Recording(backend.oracle(self))
+        self.recording = Recording(backend.oracle(self), generates)
         self._implicit: Invoker | None = None
         if args or prompt_kwargs:
             prompt = backend.prepare(args, prompt_kwargs)

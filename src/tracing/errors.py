@@ -129,6 +129,28 @@ class BlockError(GraftworkError):
         )
 
     @classmethod
+    def no_gradients(cls, what: str, location: Location) -> BlockError:
+        return cls(
+            f"`{what}` in a generation: transformers generates without gradients. Use "
+            f"`model.trace(...)`, on the prompt with the generated tokens if they are meant: {location}"
+        )
+
+    @classmethod
+    def no_backward(cls, what: str, location: Location) -> BlockError:
+        return cls(
+            f"{what} was used, but no `loss.backward()` is in its block: {location}\n"
+            "Call `backward()` on a value of the block, before or after this line."
+        )
+
+    @classmethod
+    def checkpointing(cls, location: Location) -> BlockError:
+        return cls(
+            "`backward()` in a block of a model with gradient checkpointing, which computes its layers "
+            f"again without the block's edits: {location}\n"
+            "Call `gradient_checkpointing_disable()` on the module, or `eval()`."
+        )
+
+    @classmethod
     def has_input(cls) -> BlockError:
         return cls(
             "This block already has its prompt (it was given to trace or generate), so it takes no "
@@ -229,6 +251,15 @@ class OrderError(GraftworkError):
         )
 
 
+    @classmethod
+    def gradients(cls, first: Location, second: Location) -> OrderError:
+        return cls(
+            "Two backwards wait for each other's gradients, so neither can run first.\n"
+            f"  {first}\n  {second}\n"
+            "Read `.grad` after the `backward()` that is meant, or under `with loss.backward():`."
+        )
+
+
 class ShapeError(GraftworkError):
     """A written value does not fit the place it is written to."""
 
@@ -276,7 +307,7 @@ class CapturedTensorError(GraftworkError):
 
 
 class StepError(GraftworkError):
-    """A place that the forward never reached."""
+    """A place that the forward never reached, or no gradient."""
 
     @classmethod
     def never_ran(cls, what: str, location: Location, reason: str) -> StepError:

@@ -5,7 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from .node import CALL, KINDS, PARAMETER, READ, WRITE, Captured, HookPoint, Node, user_frame
+from .node import (
+    BACKWARD,
+    CALL,
+    KINDS,
+    PARAMETER,
+    READ,
+    WRITE,
+    Captured,
+    GradPoint,
+    HookPoint,
+    Node,
+    user_frame,
+)
 from .structure import ATOMS, leaves
 
 
@@ -31,19 +43,29 @@ class Graph:
     Attributes:
         nodes: every node; `nodes[i].index == i` and arguments come before their users.
         saves: saved nodes and the boxes that wait for their values, until the run has ended.
-        writes: the last WRITE node of each invoke at each hook point.
-        needs_grad: a captured tensor requires grad.
+        writes: the last WRITE node of each invoke at each place.
+        backwards: the BACKWARD nodes, in recorded order.
+        needs_grad: a captured tensor requires grad, or a gradient is used.
         fixed_positions: it holds positions of tokens that fit prompts of these lengths alone.
     """
 
-    __slots__ = ("_saved", "fixed_positions", "needs_grad", "nodes", "saves", "writes")
+    __slots__ = (
+        "_saved",
+        "backwards",
+        "fixed_positions",
+        "needs_grad",
+        "nodes",
+        "saves",
+        "writes",
+    )
 
     def __init__(self) -> None:
         self._saved: tuple[int, ...] = ()
         self.fixed_positions = False
         self.nodes: list[Node] = []
         self.saves: list[tuple[Node, Box]] = []
-        self.writes: dict[tuple[int, HookPoint], Node] = {}
+        self.writes: dict[tuple[int, HookPoint | GradPoint], Node] = {}
+        self.backwards: list[Node] = []
         self.needs_grad = False
 
     def append(
@@ -63,11 +85,14 @@ class Graph:
         return node
 
     def live(self) -> bytearray:
-        """1 for every node on which a save or a last write depends; the others need not run."""
+        """1 for every node on which a save, a last write or a backward depends; the others need not
+        run."""
         alive = bytearray(len(self.nodes))
         for index in self.saved():
             alive[index] = 1
         for node in self.writes.values():
+            alive[node.index] = 1
+        for node in self.backwards:
             alive[node.index] = 1
         for node in reversed(self.nodes):
             if alive[node.index] and node.args:
@@ -91,11 +116,15 @@ class Graph:
     def again(self) -> Graph:
         """The same graph for another run, with a new box for each save."""
         graph = Graph()
-        graph.nodes, graph.writes = self.nodes, self.writes
+        graph.nodes, graph.writes, graph.backwards = self.nodes, self.writes, self.backwards
         graph.needs_grad, graph.fixed_positions = self.needs_grad, self.fixed_positions
         for number, index in enumerate(self.saved_in_order()):
             graph.saves.append((self.nodes[index], Box(number)))
         return graph
+
+    def backward_of(self, point: GradPoint) -> Node:
+        """The backward that a gradient belongs to."""
+        return self.backwards[min(point.backward, len(self.backwards) - 1)]
 
     def lint(self) -> None:
         """Check what every other room relies on, for tests: an AssertionError is our bug. What a
@@ -107,6 +136,9 @@ class Graph:
                 assert not node.args and not node.kwargs
             elif node.kind == WRITE:
                 assert len(node.args) == 1 and not node.kwargs
+            if type(node.target) is GradPoint:
+                assert node.target.node.index < index
+                assert self.nodes[node.target.node.index] is node.target.node
             for argument in arguments(node):
                 assert argument.index < index and self.nodes[argument.index] is argument
 
@@ -124,7 +156,7 @@ class Graph:
             elif node.kind in (READ, PARAMETER):
                 text = str(node.target)
             else:
-                name = node.target.name if node.kind == CALL else node.target
+                name = node.target.name if node.kind in (CALL, BACKWARD) else node.target
                 text = f"{name}({', '.join(inner)})"
             star = " (saved)" if node.index in saved else ""
             place = "" if node.invoke < 0 else f"  invoke {node.invoke}"

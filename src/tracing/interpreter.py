@@ -9,7 +9,7 @@ import torch
 
 from .errors import CapturedTensorError, GraftworkError, add_note
 from .graph import arguments
-from .node import CALL, MODULE, PARAMETER, WRITE, Captured, Node
+from .node import BACKWARD, CALL, MODULE, PARAMETER, WRITE, Captured, Node
 from .operations import APPLY
 from .structure import ATOMS, leaves, map_leaves
 
@@ -21,11 +21,12 @@ class Interpreter:
         values: value of each node by index.
         call_module: applies the module at a path.
         parameter: the parameter or buffer at a path.
+        backward: runs a BACKWARD node; only a run of a graph that has some needs it.
 
     A captured tensor goes to the device of the first value that it meets.
     """
 
-    __slots__ = ("call_module", "parameter", "values")
+    __slots__ = ("backward", "call_module", "parameter", "values")
 
     def __init__(
         self,
@@ -36,6 +37,7 @@ class Interpreter:
         self.values = values
         self.call_module = call_module
         self.parameter = parameter
+        self.backward: Callable[..., Any] | None = None
 
     def evaluate(self, node: Node) -> Any:
         """The value of `node`, whose arguments have been evaluated.
@@ -53,6 +55,9 @@ class Interpreter:
             kwargs = {key: self._resolve(node, value) for key, value in node.kwargs.items()}
             if node.kind == MODULE:
                 return self.call_module(node.target, *args, **kwargs)
+            if node.kind == BACKWARD:
+                assert self.backward is not None, "values without numbers have no gradients"
+                return self.backward(node, *args, **kwargs)
             assert node.kind == CALL
             if node.target is APPLY:
                 return _call_unchanged(node, args, kwargs)

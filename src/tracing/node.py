@@ -1,4 +1,5 @@
-"""Owns `Node`, the closed set of node kinds, and `HookPoint`, the name of a place in a forward.
+"""Owns `Node`, the closed set of node kinds, and the names of places: `HookPoint` in a forward,
+`GradPoint` in a backward.
 
 A node is data: what to do with which earlier nodes, and the user's line that asked for it. It is
 never changed once recorded and holds no value; values live in a run.
@@ -15,7 +16,7 @@ import torch
 
 from .errors import Location
 
-#: The value that arrives at a hook point. `target` is a HookPoint.
+#: The value that arrives at a place. `target` is a HookPoint or a GradPoint.
 READ = "read"
 #: An operation on earlier values. `target` is an Operation.
 CALL = "call"
@@ -23,10 +24,12 @@ CALL = "call"
 MODULE = "module"
 #: A parameter or buffer of the model. `target` is its path.
 PARAMETER = "parameter"
-#: The value of its one argument replaces what is at a hook point. `target` is a HookPoint.
+#: The value of its one argument replaces what is at a place. `target` is a HookPoint or a GradPoint.
 WRITE = "write"
+#: Gradients flow back from its first argument. `target` is a Backward.
+BACKWARD = "backward"
 
-KINDS = frozenset({READ, CALL, MODULE, PARAMETER, WRITE})
+KINDS = frozenset({READ, CALL, MODULE, PARAMETER, WRITE, BACKWARD})
 
 _SRC = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # Frames of these folders are never the user's: a module called on a proxy records from inside torch.
@@ -91,6 +94,47 @@ class HookPoint(NamedTuple):
         return name + (f" at step {self.step}" if self.step else "")
 
 
+class GradPoint(NamedTuple):
+    """The gradient of a tensor in one backward: a place that is read and written as a hook point is.
+
+    Attributes:
+        path: what the tensor is called.
+        node: whose value the tensor is, or holds it in a structure.
+        parts: the way into that structure: operations with their further arguments.
+        backward: number of the backward in its graph; one beyond the last stands for the last.
+        port, step, call: as those of a HookPoint.
+    """
+
+    path: str
+    node: Node
+    parts: tuple[tuple[Any, tuple[Any, ...]], ...]
+    backward: int
+    port: str = "grad"
+    step: int = 0
+    call: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.path}.grad"
+
+    def tensor(self, value: Any) -> Any:
+        """The tensor in the value of `node`."""
+        for operation, args in self.parts:
+            value = operation.function(value, *args)
+        return value
+
+
+class Backward(NamedTuple):
+    """What a BACKWARD node does.
+
+    Attributes:
+        name: "backward" adds to the `.grad` of parameters; "grad", as `torch.autograd.grad`, does not.
+        inputs: the gradients that are wanted; none for all.
+    """
+
+    name: str
+    inputs: tuple[GradPoint, ...] = ()
+
+
 class Captured:
     """A tensor from outside the block, with the version it had when it was recorded."""
 
@@ -100,8 +144,9 @@ class Captured:
         self.tensor = tensor
         self.name = name
         # Inference tensors have no version counter; they cannot be changed outside inference mode.
-        # Parameters change on purpose: an optimizer's step lies between two runs of an experiment.
-        changes = tensor.is_inference() or isinstance(tensor, torch.nn.Parameter)
+        # What is trained changes on purpose: an optimizer's step lies between two runs.
+        trained = tensor.requires_grad and tensor.is_leaf
+        changes = tensor.is_inference() or trained or isinstance(tensor, torch.nn.Parameter)
         self.version = None if changes else tensor._version
 
     def __repr__(self) -> str:
@@ -150,6 +195,8 @@ class Node:
             return f"`{self.target}`"
         if self.kind == CALL:
             return f"the result of `{self.target.name}`"
+        if self.kind == BACKWARD:
+            return f"`{self.target.name}`"
         return f"`{self.target}`"
 
     def __repr__(self) -> str:

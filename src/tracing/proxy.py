@@ -23,15 +23,28 @@ import numpy as np
 import torch
 
 from .errors import (
+    BlockError,
     CapturedTensorError,
     ForeignProxyError,
+    GraftworkError,
     NotRunError,
     NotSavedError,
     OperationError,
     near,
 )
 from .graph import Box
-from .node import CALL, WRITE, Captured, HookPoint, Node, user_line
+from .node import (
+    BACKWARD,
+    CALL,
+    READ,
+    WRITE,
+    Backward,
+    Captured,
+    GradPoint,
+    HookPoint,
+    Node,
+    user_line,
+)
 from .operations import (
     AGAIN,
     APPLY,
@@ -103,7 +116,7 @@ class Proxy:
         _parent, _view: for a view, what it shows and how: an operation with its arguments, or None
             for a second handle on the same value.
         _seen: for a view, the parent's node that `_node` was taken from.
-        _place: for the root of a hook point, its invoke and hook point.
+        _place: for the root of a hook point or of a gradient, its invoke and that.
         _box: where its saved value arrives.
     """
 
@@ -113,7 +126,7 @@ class Proxy:
         self,
         recording: Recording,
         node: Node,
-        place: tuple[int, HookPoint] | None = None,
+        place: tuple[int, HookPoint | GradPoint] | None = None,
         parent: Proxy | None = None,
         view: tuple[Operation, tuple[Any, ...], dict[str, Any]] | None = None,
         seen: Node | None = None,
@@ -202,6 +215,47 @@ class Proxy:
     def ndim(self) -> Any:
         return _described(self, lambda leaf: leaf.ndim)
 
+    # ---------------------------------------------------------------- gradients
+
+    @property
+    def grad(self) -> Any:
+        """The gradient of a backward of the block: read it, edit it in place or assign it.
+
+        After a `backward()` of the open invoke it is that one's, before it the next one's. The gradient
+        of a part is that part of the whole's gradient.
+        """
+        if self._recording.state is not OPEN:
+            return self._known().grad
+        return _grad(self, _backward_meant(self._recording))
+
+    @grad.setter
+    def grad(self, value: Any) -> None:
+        if self._recording.state is not OPEN:
+            self._known().grad = _unwrap(value)
+            return
+        assign(self._recording, self.grad, value)
+
+    def backward(
+        self,
+        gradient: Any = None,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
+        inputs: Any = None,
+    ) -> Any:
+        """As `torch.Tensor.backward`, when this value is there. The graph is kept for the backwards
+        of the block that need it.
+
+        Returns:
+            A context, if one is wanted: under `with loss.backward():`, `.grad` means this backward.
+        """
+        recording = self._recording
+        if recording.state is not OPEN:
+            return self._known().backward(
+                _unwrap(gradient), retain_graph, create_graph, inputs=_unwrap(inputs)
+            )
+        options = {"retain_graph": retain_graph, "create_graph": create_graph or None}
+        return _backward(recording, "backward", self, gradient, inputs, options)
+
     # ---------------------------------------------------------------- indexing
 
     def __getitem__(self, key: Any) -> Any:
@@ -257,11 +311,6 @@ class Proxy:
             return getattr(self._recording.ask().value(_current(self)), name)
         if name in _ON_DEMAND:
             self._on_demand(f".{name}()")
-        if name in ("backward", "grad"):
-            raise OperationError(
-                f"`.{name}` inside a block is not supported yet. Save the value and take gradients "
-                "after the block; captured parameters receive them."
-            )
         if name in METHODS and name not in _FIELDS_FIRST:
             return Method(self, name)
         if name.startswith("_"):
@@ -388,6 +437,8 @@ class Proxy:
                 break
         if recording is None:
             return function(*_unwrap(args), **_unwrap(kwargs))
+        if function in _AUTOGRAD:
+            return _AUTOGRAD[function](recording, *args, **kwargs)
         if kwargs.get("out") is not None:
             raise OperationError("`out=` cannot be recorded; assign the result instead.")
         name = getattr(function, "__name__", "")
@@ -413,6 +464,23 @@ class Proxy:
             # `tensor += proxy`: a tensor from outside is not changed, the name is bound anew.
             operation = Operation(operation.name, operation.function)
         return _record(recording, operation, args, kwargs)
+
+
+class Gradients:
+    """A backward of the open block; under `with`, `.grad` means its gradients."""
+
+    __slots__ = ("_before", "_number", "_recording")
+
+    def __init__(self, recording: Recording, number: int) -> None:
+        self._recording = recording
+        self._number = number
+        self._before: int | None = None
+
+    def __enter__(self) -> None:
+        self._before, self._recording.backward = self._recording.backward, self._number
+
+    def __exit__(self, *exception: Any) -> None:
+        self._recording.backward = self._before
 
 
 class BlockOutput(Proxy):
@@ -563,9 +631,9 @@ def _assign(proxy: Proxy, node: Node) -> None:
         _write(recording, place, node)
 
 
-def _write(recording: Recording, place: tuple[int, HookPoint], node: Node) -> None:
-    invoke, hook_point = place
-    write = recording.graph.append(WRITE, hook_point, (node,), None, invoke)
+def _write(recording: Recording, place: tuple[int, HookPoint | GradPoint], node: Node) -> None:
+    invoke, point = place
+    write = recording.graph.append(WRITE, point, (node,), None, invoke)
     recording.graph.writes[place] = write
 
 
@@ -766,6 +834,199 @@ def _described(proxy: Proxy, part: Callable[[Any], Any]) -> Any:
     return map_leaves(lambda leaf: part(leaf) if isinstance(leaf, torch.Tensor) else leaf, fake)
 
 
+# -------------------------------------------------------------------- gradients
+#
+# A view shows the memory of its whole, so its gradient is the same view of the whole's gradient. The
+# whole is the topmost proxy whose value is one tensor. That tensor is named by the node that it is the
+# value of, or in whose value it is, and the way into that. Where it comes from the model, the graph
+# records that it is written back as it is: model and graph then compute from one tensor, which the run
+# can watch.
+
+#: Views that go into a structure, not into a tensor.
+_INTO = frozenset({ELEMENT, FIRST_ARGUMENT, FIELD, GETITEM})
+
+
+def _backward_meant(recording: Recording) -> int:
+    """Number of the backward that `.grad` means here."""
+    if recording.backward is not None:
+        return recording.backward
+    known = recording.graph.backwards
+    for number in range(len(known) - 1, -1, -1):
+        if known[number].invoke == recording.invoke:
+            return number
+    return len(known)
+
+
+def _grad(proxy: Proxy, backward: int) -> Any:
+    """The proxy of a gradient."""
+    recording = proxy._recording
+    if recording.generates:
+        raise BlockError.no_gradients(".grad", user_line(2))
+    recording.graph.needs_grad = True
+    chain = [proxy]
+    while chain[-1]._parent is not None and not _detaches(chain[-1]):
+        chain.append(chain[-1]._parent)
+    chain.reverse()
+    parts = enumerate(chain[1:], 1)
+    start = next((i for i, part in parts if _is_tensor(chain[i - 1], part)), len(chain))
+    point = _grad_point(_current(chain[start - 1]), backward)
+    place = (point.node.invoke, point)
+    grad = recording.current.get(place)
+    if grad is None:
+        graph, source = recording.graph, point.node
+        if source.kind == READ and (source.invoke, source.target) not in graph.writes:
+            _write(recording, (source.invoke, source.target), source)
+        node = graph.append(READ, point, (), None, source.invoke)
+        grad = recording.current[place] = Proxy(recording, node, place)
+    for view in (part._view for part in chain[start:]):
+        if view is not None:
+            operation, args, kwargs = view
+            grad = _record(recording, operation, (grad, *args), kwargs)
+    return grad
+
+
+def _detaches(part: Proxy) -> bool:
+    """True for a view that gradients do not flow through."""
+    if part._view is None:
+        return False
+    operation, args, _ = part._view
+    return operation.name == "detach" or (operation is FIELD and args == ("data",))
+
+
+def _is_tensor(whole: Proxy, part: Proxy) -> bool:
+    """True if the value of `whole`, which `part` is a view of, is a tensor and no structure."""
+    if part._view is None:
+        return False
+    operation, args, _ = part._view
+    if operation not in _INTO:
+        return True
+    if operation is FIELD:
+        return args[0] in TENSOR_PROPERTIES
+    if operation is not GETITEM or type(args[0]) is str:
+        return False
+    if type(args[0]) not in (int, slice):
+        return True
+    # A row of a tensor, or an item of a tuple.
+    if whole._view is not None and whole._view[0] in (ELEMENT, FIRST_ARGUMENT):
+        return True
+    if whole._place is not None and whole._place[1].port == "inputs":
+        return False
+    try:
+        return isinstance(whole._recording.ask().value(_current(whole)), torch.Tensor)
+    except GraftworkError:
+        return False  # the model cannot be measured
+
+
+def _grad_point(node: Node, backward: int) -> GradPoint:
+    """The gradient of the tensor that is the value of `node`, named by where it comes from."""
+    parts: list[tuple[Operation, tuple[Any, ...]]] = []
+    while node.kind == CALL and node.target in _INTO:
+        view = node.target, node.args[1:]
+        node = node.args[0]
+        # Of a structure some parts of which were replaced: this one's new value, or where it was before.
+        while node.kind == CALL and node.target in (PUT, SETITEM):
+            if node.target is PUT:
+                whole, part, replaced = node.args[0], node.args[1], (node.args[2], node.args[3])
+            else:
+                whole, part, replaced = node.args[0], node.args[2], (GETITEM, node.args[1:2])
+            if _same_key(replaced[1], view[1]) and replaced[0] is view[0]:
+                if type(part) is not Node:
+                    break
+                node = part
+                view = None
+                break
+            node = whole
+        if view is not None:
+            parts.append(view)
+    parts.reverse()
+    path = node.target.name if node.kind == CALL else str(node.target)
+    for operation, args in parts:
+        if operation is FIRST_ARGUMENT:
+            path = f"{path.removesuffix('inputs')}input"
+        else:
+            path += f".{args[0]}" if operation is FIELD else f"[{args[0]!r}]"
+    return GradPoint(path, node, tuple(parts), backward)
+
+
+def _backward(
+    recording: Recording,
+    name: str,
+    outputs: Any,
+    gradients: Any,
+    inputs: Any,
+    options: dict[str, Any],
+) -> Gradients:
+    """Record a backward; options that are None are left to torch, or to the run."""
+    if recording.generates:
+        raise BlockError.no_gradients("backward()", user_line(3))
+    graph = recording.graph
+    graph.needs_grad = True
+    number = len(graph.backwards)
+    asked = inputs if isinstance(inputs, (tuple, list)) else [] if inputs is None else [inputs]
+    points = []
+    for one in asked:
+        if isinstance(one, Proxy) and one._recording is recording:
+            points.append(_grad(one, number))
+    others = [one for one in asked if not (isinstance(one, Proxy) and one._recording is recording)]
+    places = tuple(_root(grad)._node.target for grad in points)
+    kwargs = {key: value for key, value in options.items() if value is not None}
+    if others:
+        kwargs["inputs"] = [_lower(recording, one) for one in others]
+    args = [_lower(recording, outputs)]
+    if gradients is not None:
+        args.append(_lower(recording, gradients))
+    target = Backward(name, places)
+    graph.backwards.append(graph.append(BACKWARD, target, tuple(args), kwargs, recording.invoke))
+    return Gradients(recording, number)
+
+
+def _autograd_backward(
+    recording: Recording,
+    tensors: Any,
+    grad_tensors: Any = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    inputs: Any = None,
+) -> None:
+    options = {"retain_graph": retain_graph, "create_graph": create_graph or None}
+    _backward(recording, "backward", tensors, grad_tensors, inputs, options)
+
+
+def _autograd_grad(
+    recording: Recording,
+    outputs: Any,
+    inputs: Any,
+    grad_outputs: Any = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    only_inputs: bool = True,
+    allow_unused: bool | None = None,
+    is_grads_batched: bool = False,
+    materialize_grads: bool = False,
+) -> tuple[Any, ...]:
+    asked = inputs if isinstance(inputs, (tuple, list)) else [inputs]
+    if is_grads_batched or not all(isinstance(one, Proxy) for one in asked):
+        raise OperationError(
+            "`torch.autograd.grad` in a block takes inputs of the block, one gradient each; captured "
+            "parameters receive theirs by `loss.backward()`."
+        )
+    options = {
+        "retain_graph": retain_graph,
+        "create_graph": create_graph or None,
+        "allow_unused": allow_unused or None,
+        "materialize_grads": materialize_grads or None,
+    }
+    number = len(recording.graph.backwards)
+    _backward(recording, "grad", outputs, grad_outputs, inputs, options)
+    return tuple(_grad(one, number) for one in asked)
+
+
+_AUTOGRAD: dict[Any, Callable[..., Any]] = {
+    torch.autograd.grad: _autograd_grad,
+    torch.autograd.backward: _autograd_backward,
+}
+
+
 def apply(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     """Run any Python function on the values of proxies, at that point of the run.
 
@@ -778,6 +1039,11 @@ def apply(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     """
     for leaf in leaves((args, kwargs)):
         if isinstance(leaf, Proxy) and leaf._recording.state is OPEN:
+            owner = getattr(function, "__self__", function)
+            if isinstance(owner, torch.nn.Module) and any(
+                parameter.requires_grad for parameter in owner.parameters()
+            ):
+                leaf._recording.graph.needs_grad = True
             return _record(leaf._recording, APPLY, (function, *args), kwargs)
     return function(*_unwrap(args), **_unwrap(kwargs))
 

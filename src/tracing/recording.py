@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 
 from .graph import Box, Graph
-from .node import HookPoint, Node
+from .node import GradPoint, HookPoint, Node
 
 OPEN, RUNNING, DONE, FAILED, ABANDONED = "open", "running", "done", "failed", "abandoned"
 
@@ -33,19 +33,33 @@ class Recording:
         state: OPEN while the block is written, then RUNNING, then DONE, FAILED or ABANDONED.
         invoke: index of the open invoke, -1 between invokes.
         step: the forward that the open invoke talks about.
-        current: per invoke and hook point, the proxy of what is there now (see `Proxy`).
+        current: per invoke and place, the proxy of what is there now (see `Proxy`).
+        generates: it runs as a generation, which has no gradients.
+        backward: number of the backward that `.grad` means, under `with loss.backward():`.
         saved: the proxies that `save()` returned, until the block has ended.
         oracle: shapes on demand; None once the block has ended.
     """
 
-    __slots__ = ("current", "graph", "invoke", "oracle", "saved", "state", "step")
+    __slots__ = (
+        "backward",
+        "current",
+        "generates",
+        "graph",
+        "invoke",
+        "oracle",
+        "saved",
+        "state",
+        "step",
+    )
 
-    def __init__(self, oracle: Oracle) -> None:
+    def __init__(self, oracle: Oracle, generates: bool = False) -> None:
         self.graph = Graph()
         self.state = OPEN
         self.invoke = -1
         self.step = 0
-        self.current: dict[tuple[int, HookPoint], Any] = {}
+        self.generates = generates
+        self.backward: int | None = None
+        self.current: dict[tuple[int, HookPoint | GradPoint], Any] = {}
         self.saved: list[Any] = []
         self.oracle: Oracle | None = oracle
 
