@@ -1,5 +1,6 @@
 """When and where it happens: schedule, shapes, plan, run, hooks. It knows modules, not models."""
 
+from .gradients import DifferentiatedRun
 from .patcher import Patcher, at_path
 from .plan import Facts, Pass, Plan, Settings
 from .planner import plan
@@ -9,6 +10,7 @@ from .schedule import Schedule, measure
 from .shapes import Shapes, Structure
 
 __all__ = [
+    "DifferentiatedRun",
     "Facts",
     "Pass",
     "Patcher",

@@ -60,6 +60,8 @@ def unsplittable(
     for node in graph.nodes:
         if not live[node.index] or node.kind not in (READ, WRITE) or node.invoke not in members:
             continue
+        if node.target.port == "grad":
+            continue  # it splits as the value at the hook point does
         can = known.get(node.target)
         if can is None:
             visit = schedule.find(node.target)
@@ -300,7 +302,9 @@ def arrange(
     plan = Reuse()
     looking: set[int] = set()
     cut: dict[int, int] = {}
-    may = settings.prefix_reuse and not together and not facts.generates and facts.may_share()
+    # A backward goes through the whole forward of each prompt.
+    may = settings.prefix_reuse and not together and not facts.generates
+    may = may and not graph.backwards and facts.may_share()
     if may and schedule is not None:
         more, looking = beyond_hidden_states(graph, live, users, schedule)
         unshared = alone | whole_outputs(graph, live, users)

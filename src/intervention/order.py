@@ -8,7 +8,7 @@ from graphlib import CycleError, TopologicalSorter
 
 from ..tracing.errors import OrderError, ScheduleError
 from ..tracing.graph import Graph, arguments
-from ..tracing.node import READ, HookPoint, Node
+from ..tracing.node import BACKWARD, READ, GradPoint, HookPoint, Node
 from .schedule import Schedule
 
 #: Position of a place in a run: its step and its place in the order of that forward.
@@ -40,33 +40,105 @@ def position(hook_point: HookPoint, schedule: Schedule) -> Position | None:
     return None if visit is None else (hook_point.step, visit.order)
 
 
-def requirements(graph: Graph, live: bytearray) -> dict[int, frozenset[int]]:
-    """For each last write, the reads that it depends on, by node index."""
+def waits_of(graph: Graph) -> dict[int, list[Node]]:
+    """For each backward, by node index, what its gradients' new values need that is no gradient of it:
+    they are wanted while it runs."""
+    found: dict[int, list[Node]] = {}
+    for backward in graph.backwards:
+        writes = [
+            node
+            for (_, place), node in graph.writes.items()
+            if isinstance(place, GradPoint) and graph.backward_of(place) is backward
+        ]
+        if not writes:
+            continue
+        # What follows from the gradients of this backward, in recorded order.
+        follows = bytearray(len(graph.nodes))
+        for node in graph.nodes:
+            if node.kind == READ:
+                own = isinstance(node.target, GradPoint)
+                follows[node.index] = own and graph.backward_of(node.target) is backward
+            elif any(follows[argument.index] for argument in arguments(node)):
+                follows[node.index] = 1
+        wanted: dict[int, Node] = {}
+        seen = set()
+        stack = list(writes)
+        while stack:
+            for argument in arguments(stack.pop()):
+                if not follows[argument.index]:
+                    wanted[argument.index] = argument
+                elif argument.index not in seen:
+                    seen.add(argument.index)
+                    stack.append(argument)
+        if wanted:
+            found[backward.index] = [wanted[index] for index in sorted(wanted)]
+    return found
+
+
+def dependencies(graph: Graph, waits: dict[int, list[Node]], node: Node) -> Iterable[Node]:
+    """What must have run before `node`, as far as the graph itself says."""
+    if node.kind == READ and isinstance(node.target, GradPoint):
+        return (graph.backward_of(node.target),)
+    if node.kind == BACKWARD:
+        return (*arguments(node), *waits.get(node.index, ()))
+    return arguments(node)
+
+
+def sorted_nodes(graph: Graph, waits: dict[int, list[Node]]) -> Iterable[Node]:
+    """All nodes, each after what it depends on: the recorded order, but for gradients that are read
+    before their backward.
+
+    Raises:
+        OrderError: backwards wait for each other's gradients.
+    """
+    if not graph.backwards:
+        return graph.nodes
+    before = {
+        node.index: [one.index for one in dependencies(graph, waits, node)] for node in graph.nodes
+    }
+    try:
+        order = list(TopologicalSorter(before).static_order())
+    except CycleError as error:
+        circle = [graph.nodes[index] for index in error.args[1]]
+        found = [node for node in circle if node.kind == BACKWARD]
+        raise OrderError.gradients(found[0].location, found[-1].location) from None
+    return [graph.nodes[index] for index in order]
+
+
+def requirements(
+    graph: Graph, live: bytearray, waits: dict[int, list[Node]]
+) -> dict[int, frozenset[int]]:
+    """For each last write in a forward, the reads there that it depends on, by node index."""
     needed: list[frozenset[int] | None] = [None] * len(graph.nodes)
     nothing: frozenset[int] = frozenset()
-    for node in graph.nodes:
+    for node in sorted_nodes(graph, waits):
         if not live[node.index]:
             continue
-        if node.kind == READ:
+        if node.kind == READ and not isinstance(node.target, GradPoint):
             needed[node.index] = frozenset((node.index,))
             continue
         found = nothing
-        for argument in arguments(node):
+        for argument in dependencies(graph, waits, node):
             more = needed[argument.index] or nothing
             found = found | more if found and more is not found else more or found
         needed[node.index] = found
-    last = (node.index for node in graph.writes.values())
+    last = (node.index for place, node in graph.writes.items() if type(place[1]) is HookPoint)
     return {index: needed[index] or nothing for index in last if live[index]}
 
 
-def edges(graph: Graph, live: bytearray, schedule: Callable[[], Schedule]) -> list[Edge]:
+def edges(
+    graph: Graph,
+    live: bytearray,
+    schedule: Callable[[], Schedule],
+    waits: dict[int, list[Node]] | None = None,
+) -> list[Edge]:
     """The uses of one invoke's values in another's writes.
 
     Raises:
         OrderError: a write needs a later value of its own invoke.
     """
     found: dict[tuple[int, int, bool, HookPoint], Edge] = {}
-    for index, reads in requirements(graph, live).items():
+    for index, reads in requirements(graph, live, waits or {}).items():
         write = graph.nodes[index]
         for read in (graph.nodes[i] for i in reads):
             if read.target == write.target:

@@ -151,6 +151,7 @@ class Plan:
         passes: in order.
         chain: paths of the blocks that passes may start in.
         settings: what was switched on.
+        waits: for each backward, by node index, the nodes that its gradients' new values need.
     """
 
     live: bytearray
@@ -158,3 +159,4 @@ class Plan:
     passes: list[Pass]
     chain: tuple[str, ...]
     settings: Settings
+    waits: dict[int, list[Node]] = dataclasses.field(default_factory=dict)

@@ -12,10 +12,10 @@ from collections.abc import Iterator, Sequence
 
 from ..tracing.errors import BlockError, ScheduleError
 from ..tracing.graph import Graph, arguments
-from ..tracing.node import CALL, READ, WRITE, Node
+from ..tracing.node import CALL, READ, WRITE, GradPoint, Node
 from ..tracing.operations import GETITEM
 from .batches import answered, arrange
-from .order import edges
+from .order import edges, waits_of
 from .plan import Arrival, Facts, Pass, Plan, Settings
 from .schedule import Schedule
 
@@ -34,8 +34,11 @@ def plan(graph: Graph, prompted: Sequence[int], facts: Facts, settings: Settings
         BlockError: something sees the whole batch, and the prompts cannot run together.
     """
     live = dead_code(graph, settings)
-    users = users_of(graph, live)
-    uses = edges(graph, live, facts.schedule) if graph.writes else []
+    waits: dict[int, list[Node]] = {}
+    if graph.needs_grad:
+        waits = _waits(graph)
+    users = users_of(graph, live, waits)
+    uses = edges(graph, live, facts.schedule, waits) if graph.writes else []
     known: Schedule | None = None
     if len(prompted) == 1:
         passes = [Pass(list(prompted))]
@@ -48,11 +51,19 @@ def plan(graph: Graph, prompted: Sequence[int], facts: Facts, settings: Settings
         )
         if together is not None and len(passes) > 1:
             raise BlockError.whole_batch(together.location, len(passes))
-    result = Plan(live, users, passes, known.chain if known else (), settings)
+    result = Plan(live, users, passes, known.chain if known else (), settings, waits)
     place_arrivals(graph, result, known)
     if settings.less_head:
         less_head(graph, result, facts)
     return result
+
+
+def _waits(graph: Graph) -> dict[int, list[Node]]:
+    if not graph.backwards:
+        for node in graph.nodes:
+            if isinstance(node.target, GradPoint):
+                raise BlockError.no_backward(node.describe(), node.location)
+    return waits_of(graph)
 
 
 def _measured(facts: Facts) -> Schedule | None:
@@ -68,7 +79,9 @@ def dead_code(graph: Graph, settings: Settings) -> bytearray:
     return graph.live() if settings.dead_code else bytearray(b"\1") * len(graph.nodes)
 
 
-def users_of(graph: Graph, live: bytearray) -> list[list[Node] | None]:
+def users_of(
+    graph: Graph, live: bytearray, waits: dict[int, list[Node]] | None = None
+) -> list[list[Node] | None]:
     """For each node, the live nodes that use it, once for each use."""
     users: list[list[Node] | None] = [None] * len(graph.nodes)
     for node in graph.nodes:
@@ -79,6 +92,9 @@ def users_of(graph: Graph, live: bytearray) -> list[list[Node] | None]:
                     users[argument.index] = [node]
                 else:
                     known.append(node)
+    for index, needed in (waits or {}).items():
+        for node in needed:
+            users[node.index] = [*(users[node.index] or ()), graph.nodes[index]]
     return users
 
 
@@ -90,7 +106,7 @@ def _whole_batch(graph: Graph, live: bytearray, prompted: set[int]) -> Iterator[
         if live[node.index]
         and node.kind in (READ, WRITE)
         and node.invoke not in prompted
-        and node.target.port != "result"
+        and node.target.port not in ("result", "grad")
     )
 
 
@@ -106,6 +122,8 @@ def place_arrivals(graph: Graph, plan: Plan, schedule: Schedule | None) -> None:
         if not plan.live[node.index] or (node.kind != READ and node.kind != WRITE):
             continue
         invoke, target = node.invoke, node.target
+        if target.port == "grad":
+            continue
         one = home.get(invoke) or base.get(invoke) or plan.passes[0]
         start = one.starts.get(invoke, 0)
         if (

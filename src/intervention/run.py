@@ -104,7 +104,7 @@ class Run:
         self._waiting = [0] * count
         for node in graph.nodes:
             if node.kind != READ and plan.live[node.index]:
-                needed = sum(1 for _ in arguments(node))
+                needed = sum(1 for _ in arguments(node)) + len(plan.waits.get(node.index, ()))
                 self._waiting[node.index] = needed
                 if not needed:
                     self._ready.append(node.index)
@@ -188,6 +188,11 @@ class Run:
     def batch_has(self, rows: int) -> None:
         """The values that arrive now have the first `rows` rows of the batch."""
         self._rows = rows
+
+    @property
+    def restorable(self) -> bool:
+        """False if what this pass did cannot be forgotten."""
+        return True
 
     def checkpoint(self) -> tuple[Any, ...]:
         """The state between two passes, for `restore`."""
@@ -461,19 +466,25 @@ class Run:
             box.error = ScheduleError.shared(node.describe(), node.location, value.reason)
 
     def _drain(self) -> None:
-        nodes, values, remaining = self.graph.nodes, self.values, self._remaining
-        free = self.plan.settings.memory
+        nodes = self.graph.nodes
         while self._ready:
-            node = nodes[heappop(self._ready)]
-            if node.target is APPLY:
-                value = self._unheard(self._interpreter.evaluate, node)
-            else:
-                value = self._interpreter.evaluate(node)
-            for argument in arguments(node):
-                remaining[argument.index] -= 1
-                if free and not remaining[argument.index]:
-                    values[argument.index] = None
-            self._bind(node, value)
+            self._evaluate(nodes[heappop(self._ready)])
+
+    def _evaluate(self, node: Node) -> None:
+        if node.target is APPLY:
+            value = self._unheard(self._interpreter.evaluate, node)
+        else:
+            value = self._interpreter.evaluate(node)
+        self._used(arguments(node))
+        self._bind(node, value)
+
+    def _used(self, nodes: Iterable[Node]) -> None:
+        """Free the values that have had their last use."""
+        free, remaining = self.plan.settings.memory, self._remaining
+        for node in nodes:
+            remaining[node.index] -= 1
+            if free and not remaining[node.index]:
+                self.values[node.index] = None
 
     def _apply_module(self, path: str, *args: Any, **kwargs: Any) -> Any:
         return self._unheard(self._call_module, path, *args, **kwargs)
@@ -585,5 +596,7 @@ def _owns(node: Node, users: list[Node] | None) -> bool:
 
 
 def no_grad(graph: Graph) -> Any:
-    """Gradients are recorded only if the block or a prompt has a tensor that asks for them."""
-    return torch.set_grad_enabled(torch.is_grad_enabled() and graph.needs_grad)
+    """Gradients are recorded only if the block or a prompt has a tensor that asks for them; for a
+    backward in the block also where they are switched off outside, as notebooks do."""
+    wanted = graph.needs_grad and torch.is_grad_enabled()
+    return torch.set_grad_enabled(wanted or bool(graph.backwards))

@@ -6,7 +6,7 @@ says their structure. Nothing here needs weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +16,7 @@ from ..tracing.context import Tracer
 from ..tracing.errors import InputError, NotRunError, OperationError, ScheduleError
 from ..tracing.graph import arguments
 from ..tracing.interpreter import Interpreter
-from ..tracing.node import CALL, READ, Captured, HookPoint, Node
+from ..tracing.node import CALL, READ, Captured, GradPoint, HookPoint, Node
 from ..tracing.operations import ELEMENT, GETITEM
 from .rows import TOKEN, UNKNOWN, Opaque, TensorAxes, map_axes
 from .schedule import SIZES, Schedule
@@ -145,7 +145,7 @@ class Shapes:
 
     def _measured(self, node: Node) -> Any:
         """Axes of a value that is a hook point's, or a part of its structure; None for others."""
-        if node.kind == READ:
+        if node.kind == READ and not isinstance(node.target, GradPoint):
             return self._schedule(node).axes(node.target)
         if (
             node.kind != CALL
@@ -220,12 +220,17 @@ def _shifted(key: Any, start: int, stop: int) -> Any:
 
 def _origin(node: Node) -> HookPoint | None:
     """The hook point that a value comes from, along first arguments."""
-    while node.kind != READ:
-        first = next(arguments(node), None)
+    while node.kind != READ or isinstance(node.target, GradPoint):
+        first = next(_sources(node), None)
         if first is None:
             return None
         node = first
     return node.target  # type: ignore[no-any-return]
+
+
+def _sources(node: Node) -> Iterator[Node]:
+    """What the structure and shapes of a value follow from: of a gradient, its tensor."""
+    return iter((node.target.node,)) if isinstance(node.target, GradPoint) else arguments(node)
 
 
 class Fakes:
@@ -256,7 +261,7 @@ class Fakes:
         waiting = [node]  # not recursive: a loop in a block makes a chain of thousands of nodes
         while waiting:
             last = waiting[-1]
-            missing = [a for a in arguments(last) if a.index not in values]
+            missing = [a for a in _sources(last) if a.index not in values]
             if missing and last.index not in values:
                 waiting += missing
                 continue
@@ -281,6 +286,8 @@ class Fakes:
         return self._structure.submodule(path).forward(*args, **kwargs)
 
     def _read(self, node: Node) -> Any:
+        if isinstance(node.target, GradPoint):
+            return node.target.tensor(self._values[node.target.node.index])
         hook_point: HookPoint = node.target
         axes = self._schedule(node).axes(hook_point)
         if axes is None:

@@ -11,7 +11,18 @@ from typing import Any, Protocol
 import torch
 from tqdm import tqdm
 
-from ..intervention import Pass, Patcher, Plan, Prefix, Run, Schedule, Settings, Stop, at_path
+from ..intervention import (
+    DifferentiatedRun,
+    Pass,
+    Patcher,
+    Plan,
+    Prefix,
+    Run,
+    Schedule,
+    Settings,
+    Stop,
+    at_path,
+)
 from ..tracing.context import Tracer
 from ..tracing.errors import InputError, near
 
@@ -66,7 +77,8 @@ class Execution:
         self._plan = work
         self._module = module
         graph = tracer.recording.graph
-        self._run = Run(graph, work, entry.apply_module, entry.parameter)
+        kind = DifferentiatedRun if graph.backwards else Run
+        self._run = kind(graph, work, entry.apply_module, entry.parameter)
         shares = any(one.base for one in work.passes)
         # The smallest batch that did not fit into memory, in tokens.
         self._too_much: int | None = None
@@ -105,7 +117,7 @@ class Execution:
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
-            halves = one.halves()
+            halves = one.halves() if self._run.restorable else []
             if not halves:
                 raise self._too_large(one, error) from error
         else:

@@ -863,13 +863,8 @@ def _grad(proxy: Proxy, backward: int) -> Any:
     if recording.generates:
         raise BlockError.no_gradients(".grad", user_line(2))
     recording.graph.needs_grad = True
-    chain = [proxy]
-    while chain[-1]._parent is not None and not _detaches(chain[-1]):
-        chain.append(chain[-1]._parent)
-    chain.reverse()
-    parts = enumerate(chain[1:], 1)
-    start = next((i for i, part in parts if _is_tensor(chain[i - 1], part)), len(chain))
-    point = _grad_point(_current(chain[start - 1]), backward)
+    whole, parts = _whole(proxy)
+    point = _grad_point(_current(whole), backward)
     place = (point.node.invoke, point)
     grad = recording.current.get(place)
     if grad is None:
@@ -878,11 +873,22 @@ def _grad(proxy: Proxy, backward: int) -> Any:
             _write(recording, (source.invoke, source.target), source)
         node = graph.append(READ, point, (), None, source.invoke)
         grad = recording.current[place] = Proxy(recording, node, place)
-    for view in (part._view for part in chain[start:]):
-        if view is not None:
-            operation, args, kwargs = view
+    for part in parts:
+        if part._view is not None:
+            operation, args, kwargs = part._view
             grad = _record(recording, operation, (grad, *args), kwargs)
     return grad
+
+
+def _whole(proxy: Proxy) -> tuple[Proxy, list[Proxy]]:
+    """The topmost proxy of one tensor that `proxy` shows, and the views from there to `proxy`."""
+    chain = [proxy]
+    while chain[-1]._parent is not None and not _detaches(chain[-1]):
+        chain.append(chain[-1]._parent)
+    chain.reverse()
+    parts = enumerate(chain[1:], 1)
+    start = next((i for i, part in parts if _is_tensor(chain[i - 1], part)), len(chain))
+    return chain[start - 1], chain[start:]
 
 
 def _detaches(part: Proxy) -> bool:
@@ -917,27 +923,32 @@ def _is_tensor(whole: Proxy, part: Proxy) -> bool:
         return False  # the model cannot be measured
 
 
+def _slices(node: Node) -> bool:
+    return any(type(argument) is slice for argument in node.args)
+
+
 def _grad_point(node: Node, backward: int) -> GradPoint:
     """The gradient of the tensor that is the value of `node`, named by where it comes from."""
     parts: list[tuple[Operation, tuple[Any, ...]]] = []
-    while node.kind == CALL and node.target in _INTO:
-        view = node.target, node.args[1:]
-        node = node.args[0]
-        # Of a structure some parts of which were replaced: this one's new value, or where it was before.
-        while node.kind == CALL and node.target in (PUT, SETITEM):
-            if node.target is PUT:
-                whole, part, replaced = node.args[0], node.args[1], (node.args[2], node.args[3])
+    while node.kind == CALL and node.target in _INTO and not _slices(node):
+        view, key = node.target, node.args[1:]
+        whole, part = node.args[0], None
+        # Where parts of the structure were replaced: this part's new value, or where it was before.
+        while part is None and whole.kind == CALL and whole.target in (PUT, SETITEM):
+            if whole.target is PUT:
+                _, new, by, at, _ = whole.args
             else:
-                whole, part, replaced = node.args[0], node.args[2], (GETITEM, node.args[1:2])
-            if _same_key(replaced[1], view[1]) and replaced[0] is view[0]:
-                if type(part) is not Node:
-                    break
-                node = part
-                view = None
-                break
-            node = whole
-        if view is not None:
-            parts.append(view)
+                _, at, new = whole.args
+                by, at = GETITEM, (at,)
+            if by is view and _same_key(at, key):
+                part = new
+            else:
+                whole = whole.args[0]
+        if type(part) is Node:
+            node = part
+            continue
+        parts.append((view, key))
+        node = whole
     parts.reverse()
     path = node.target.name if node.kind == CALL else str(node.target)
     for operation, args in parts:
@@ -963,19 +974,20 @@ def _backward(
     graph.needs_grad = True
     number = len(graph.backwards)
     asked = inputs if isinstance(inputs, (tuple, list)) else [] if inputs is None else [inputs]
-    points = []
+    kwargs = {key: value for key, value in options.items() if value is not None}
+    places, others = [], []
     for one in asked:
         if isinstance(one, Proxy) and one._recording is recording:
-            points.append(_grad(one, number))
-    others = [one for one in asked if not (isinstance(one, Proxy) and one._recording is recording)]
-    places = tuple(_root(grad)._node.target for grad in points)
-    kwargs = {key: value for key, value in options.items() if value is not None}
+            _grad(one, number)
+            places.append(_grad_point(_current(_whole(one)[0]), number))
+        else:
+            others.append(_lower(recording, one))
     if others:
-        kwargs["inputs"] = [_lower(recording, one) for one in others]
+        kwargs["inputs"] = others
     args = [_lower(recording, outputs)]
     if gradients is not None:
         args.append(_lower(recording, gradients))
-    target = Backward(name, places)
+    target = Backward(name, tuple(places))
     graph.backwards.append(graph.append(BACKWARD, target, tuple(args), kwargs, recording.invoke))
     return Gradients(recording, number)
 
