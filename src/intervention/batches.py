@@ -13,7 +13,7 @@ from collections.abc import Hashable, Iterable, Sequence
 
 from ..tracing.errors import OrderError
 from ..tracing.graph import Graph, arguments
-from ..tracing.node import CALL, READ, WRITE, HookPoint, Node
+from ..tracing.node import CALL, READ, WRITE, HookPoint, Node, Point
 from ..tracing.operations import ELEMENT, FIELD, FIRST_ARGUMENT, GETITEM, PUT
 from .causal import cuts
 from .order import Edge, levels, position, units
@@ -141,7 +141,7 @@ def _wholes(
 
 def beyond_hidden_states(
     graph: Graph, live: bytearray, users: list[list[Node] | None], schedule: Schedule
-) -> tuple[set[tuple[int, HookPoint]], set[int]]:
+) -> tuple[set[tuple[int, Point]], set[int]]:
     """Who uses more of what a block of the chain takes or returns than the hidden states.
 
     Returns:
@@ -155,7 +155,7 @@ def beyond_hidden_states(
         if tensors_in(schedule.visits[path, port, 0].axes) > 1
     }
     saved = graph.saved()
-    wholes: dict[tuple[int, HookPoint], frozenset[int] | None] = {}
+    wholes: dict[tuple[int, Point], frozenset[int] | None] = {}
     looking = set()
     for node in graph.nodes:
         if node.kind == READ and live[node.index] and node.target in points:
@@ -176,7 +176,7 @@ def first_written_blocks(
     live: bytearray,
     schedule: Schedule,
     invokes: Iterable[int],
-    more: set[tuple[int, HookPoint]],
+    more: set[tuple[int, Point]],
 ) -> dict[int, int]:
     """How many blocks of the chain lie before the first write of each invoke; all without a write."""
     visits = [schedule.visits[path, "output", 0] for path in schedule.chain]
@@ -202,7 +202,7 @@ def reuse(
     group: dict[int, frozenset[int]],
     facts: Facts,
     alone: set[int],
-    more: set[tuple[int, HookPoint]],
+    more: set[tuple[int, Point]],
 ) -> Reuse:
     """Decide which prompts start from a shared prefix: where that saves blocks."""
     result = Reuse()

@@ -9,18 +9,18 @@ wait, and so does a further backward.
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from heapq import heappush
 from typing import Any
 
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from ..tracing.errors import BlockError, OperationError, StepError, add_note
+from ..tracing.errors import BlockError, OperationError, add_note
 from ..tracing.graph import Graph, arguments
-from ..tracing.node import BACKWARD, MODULE, PARAMETER, READ, WRITE, GradPoint, HookPoint, Node
-from ..tracing.operations import ELEMENT, FIELD, FIRST_ARGUMENT, GETITEM
+from ..tracing.node import BACKWARD, PARAMETER, READ, WRITE, GradPoint, HookPoint, Node
 from .plan import Plan
 from .rows import Misfit, fit
 from .run import Run
@@ -41,7 +41,7 @@ class _Same(torch.autograd.Function):
         return value.detach()
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         return gradient, None
 
 
@@ -120,7 +120,8 @@ class DifferentiatedRun(Run):
         key = _key(point)
         if key in self._named:
             self._named[key] = tensor
-        self._handles.append(tensor.register_hook(lambda gradient: self._arrive(key, gradient)))
+        hook = functools.partial(self._arrive, key)
+        self._handles.append(tensor.register_hook(hook))  # type: ignore[no-untyped-call]
         return value
 
     def _apart(self, write: Node, before: Any, after: Any) -> Any:
@@ -161,8 +162,8 @@ class DifferentiatedRun(Run):
         if any(tensor is None for tensor in wanted):
             point = node.target.inputs[wanted.index(None)]
             raise BlockError(
-                f"`{point.path}` is an input of the backward at {node.location}, but the loss was there "
-                "before it, so it does not depend on it."
+                f"`{point.path}` is an input of the backward at {node.location}, but the loss was "
+                "there before it, so it does not depend on it."
             )
         wanted += inputs
         self._began = True

@@ -8,7 +8,7 @@ from graphlib import CycleError, TopologicalSorter
 
 from ..tracing.errors import OrderError, ScheduleError
 from ..tracing.graph import Graph, arguments
-from ..tracing.node import BACKWARD, READ, GradPoint, HookPoint, Node
+from ..tracing.node import BACKWARD, READ, GradPoint, HookPoint, Node, Point
 from .schedule import Schedule
 
 #: Position of a place in a run: its step and its place in the order of that forward.
@@ -32,7 +32,7 @@ class Edge:
     write: Node
 
 
-def position(hook_point: HookPoint, schedule: Schedule) -> Position | None:
+def position(hook_point: Point, schedule: Schedule) -> Position | None:
     """Where a hook point comes in a run; None for a place that the trial forward never reached."""
     if hook_point.port == "result":
         return _RESULT

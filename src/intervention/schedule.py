@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..tracing.errors import GraftworkError, ScheduleError
-from ..tracing.node import HookPoint
+from ..tracing.node import Point
 from ..tracing.structure import ATOMS, children, leaves, rebuild
 from .rows import (
     BATCH,
@@ -55,10 +55,10 @@ class Schedule:
     visits: dict[Key, Visit]
     chain: tuple[str, ...] = ()
 
-    def find(self, hook_point: HookPoint) -> Visit | None:
+    def find(self, hook_point: Point) -> Visit | None:
         return self.visits.get((hook_point.path, hook_point.port, hook_point.call))
 
-    def axes(self, hook_point: HookPoint) -> Any:
+    def axes(self, hook_point: Point) -> Any:
         visit = self.find(hook_point)
         return None if visit is None else visit.axes
 

@@ -244,6 +244,8 @@ class Model(Envoy):
             graph.needs_grad = True
         work = self.plan(tracer)
         module = self.load()
+        if graph.backwards and module.training and _checkpoints(module):
+            raise BlockError.checkpointing(graph.backwards[0].location)
         if any(one.cut for one in work.passes) and not self.is_causal():
             work = self.plan(tracer, causal=False)
         with self._lock, no_grad(graph):
@@ -317,12 +319,13 @@ class Model(Envoy):
         """Rows (for a language model, tokens) that fit into one forward.
 
         A quarter of the free memory, for what is alive at once: the outputs of the modules of one
-        block, and the logits three times.
+        block, of all blocks where gradients flow, and the logits three times.
         """
-        each = self._bytes_each(BlockFacts(self, tracer).schedule(), all_logits)
+        schedule = BlockFacts(self, tracer).schedule()
+        each = self._bytes_each(schedule, all_logits, tracer.graph.needs_grad)
         return max(1, free_memory(self.planned_device()) // 4 // each)
 
-    def _bytes_each(self, schedule: Schedule, all_logits: bool) -> int:
+    def _bytes_each(self, schedule: Schedule, all_logits: bool, keeps: bool) -> int:
         head = self.head()
         blocks: dict[str, int] = {}
         for (path, port, _), visit in schedule.visits.items():
@@ -330,7 +333,7 @@ class Model(Envoy):
                 size = bytes_each(visit.axes)
                 block = next((b for b in schedule.chain if path.startswith(f"{b}.")), path)
                 blocks[block] = blocks.get(block, 0) + size
-        largest = max(blocks.values(), default=1)
+        largest = sum(blocks.values()) if keeps else max(blocks.values(), default=1)
         if head is not None and all_logits:
             largest += 3 * bytes_each(schedule.visits[head, "output", 0].axes)
         return max(1, largest)
@@ -413,6 +416,10 @@ class Model(Envoy):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return super().__call__(*args, **kwargs)
+
+
+def _checkpoints(module: torch.nn.Module) -> bool:
+    return any(getattr(child, "gradient_checkpointing", False) for child in module.modules())
 
 
 def _clone(leaf: Any) -> Any:

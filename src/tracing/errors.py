@@ -250,7 +250,6 @@ class OrderError(GraftworkError):
             "Compute one of the values in a block of its own and save it."
         )
 
-
     @classmethod
     def gradients(cls, first: Location, second: Location) -> OrderError:
         return cls(

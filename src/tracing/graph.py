@@ -14,8 +14,8 @@ from .node import (
     WRITE,
     Captured,
     GradPoint,
-    HookPoint,
     Node,
+    Point,
     user_frame,
 )
 from .structure import ATOMS, leaves
@@ -64,7 +64,7 @@ class Graph:
         self.fixed_positions = False
         self.nodes: list[Node] = []
         self.saves: list[tuple[Node, Box]] = []
-        self.writes: dict[tuple[int, HookPoint | GradPoint], Node] = {}
+        self.writes: dict[tuple[int, Point], Node] = {}
         self.backwards: list[Node] = []
         self.needs_grad = False
 

@@ -123,6 +123,10 @@ class GradPoint(NamedTuple):
         return value
 
 
+#: A place that is read and written.
+Point = HookPoint | GradPoint
+
+
 class Backward(NamedTuple):
     """What a BACKWARD node does.
 

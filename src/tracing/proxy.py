@@ -41,8 +41,8 @@ from .node import (
     Backward,
     Captured,
     GradPoint,
-    HookPoint,
     Node,
+    Point,
     user_line,
 )
 from .operations import (
@@ -126,7 +126,7 @@ class Proxy:
         self,
         recording: Recording,
         node: Node,
-        place: tuple[int, HookPoint | GradPoint] | None = None,
+        place: tuple[int, Point] | None = None,
         parent: Proxy | None = None,
         view: tuple[Operation, tuple[Any, ...], dict[str, Any]] | None = None,
         seen: Node | None = None,
@@ -631,7 +631,7 @@ def _assign(proxy: Proxy, node: Node) -> None:
         _write(recording, place, node)
 
 
-def _write(recording: Recording, place: tuple[int, HookPoint | GradPoint], node: Node) -> None:
+def _write(recording: Recording, place: tuple[int, Point], node: Node) -> None:
     invoke, point = place
     write = recording.graph.append(WRITE, point, (node,), None, invoke)
     recording.graph.writes[place] = write
@@ -864,7 +864,7 @@ def _grad(proxy: Proxy, backward: int) -> Any:
         raise BlockError.no_gradients(".grad", user_line(2))
     recording.graph.needs_grad = True
     whole, parts = _whole(proxy)
-    point = _grad_point(_current(whole), backward)
+    point = _grad_point(whole, backward)
     place = (point.node.invoke, point)
     grad = recording.current.get(place)
     if grad is None:
@@ -927,12 +927,16 @@ def _slices(node: Node) -> bool:
     return any(type(argument) is slice for argument in node.args)
 
 
-def _grad_point(node: Node, backward: int) -> GradPoint:
-    """The gradient of the tensor that is the value of `node`, named by where it comes from."""
+def _grad_point(proxy: Proxy, backward: int) -> GradPoint:
+    """The gradient of a tensor, named by where it comes from."""
+    node = _current(proxy)
     parts: list[tuple[Operation, tuple[Any, ...]]] = []
-    while node.kind == CALL and node.target in _INTO and not _slices(node):
-        view, key = node.target, node.args[1:]
-        whole, part = node.args[0], None
+    # Of what a block returns, the hidden states are meant, also where they come in a tuple.
+    hidden = isinstance(proxy, BlockOutput)
+    while hidden or (node.kind == CALL and node.target in _INTO and not _slices(node)):
+        view, key = (ELEMENT, (0,)) if hidden else (node.target, node.args[1:])
+        whole, part = node if hidden else node.args[0], None
+        hidden = False
         # Where parts of the structure were replaced: this part's new value, or where it was before.
         while part is None and whole.kind == CALL and whole.target in (PUT, SETITEM):
             if whole.target is PUT:
@@ -979,7 +983,7 @@ def _backward(
     for one in asked:
         if isinstance(one, Proxy) and one._recording is recording:
             _grad(one, number)
-            places.append(_grad_point(_current(_whole(one)[0]), number))
+            places.append(_grad_point(_whole(one)[0], number))
         else:
             others.append(_lower(recording, one))
     if others:

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 
 from .graph import Box, Graph
-from .node import GradPoint, HookPoint, Node
+from .node import Node, Point
 
 OPEN, RUNNING, DONE, FAILED, ABANDONED = "open", "running", "done", "failed", "abandoned"
 
@@ -59,7 +59,7 @@ class Recording:
         self.step = 0
         self.generates = generates
         self.backward: int | None = None
-        self.current: dict[tuple[int, HookPoint | GradPoint], Any] = {}
+        self.current: dict[tuple[int, Point], Any] = {}
         self.saved: list[Any] = []
         self.oracle: Oracle | None = oracle
 
