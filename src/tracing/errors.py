@@ -418,6 +418,47 @@ class LoadError(GraftworkError):
         )
 
 
+class WireError(GraftworkError, ValueError):
+    """A graph that cannot be sent, or bytes that are no graph that may be received."""
+
+    @classmethod
+    def unsendable(cls, what: str, reason: str, location: Location) -> WireError:
+        return cls(f"{what} cannot be sent: {reason}. Recorded at {location}")
+
+    @classmethod
+    def python_function(cls, name: str, location: Location) -> WireError:
+        return cls(
+            f"`{name}` is a Python function, and a graph that is sent holds no code: {location}\n"
+            "Build the value from proxies and functions of torch instead, without "
+            "`graftwork.apply`; or save what the function needs and call it after the block."
+        )
+
+    @classmethod
+    def damaged(cls, reason: str) -> WireError:
+        return cls(
+            f"These bytes are not a graph that `pack` has written: {reason}. Pack the graph again; if "
+            "they came over a network, they may have been cut short."
+        )
+
+    @classmethod
+    def version(cls, found: object, known: int, library: object) -> WireError:
+        return cls(
+            f"The graph has format {found!r} (written by graftwork {library}), this graftwork reads "
+            f"format {known}. Install the same version of graftwork on both sides."
+        )
+
+    @classmethod
+    def unknown(cls, what: str, name: str, where: str, known: Iterable[str]) -> WireError:
+        return cls(
+            f"{where} of the graph names the {what} `{name}`, which is not allowed in a graph or not "
+            f"known to this version. {near(name, known)}"
+        )
+
+    @classmethod
+    def content(cls, where: str, reason: str) -> WireError:
+        return cls(f"{where} of the graph is refused: {reason}. Nothing of it was run.")
+
+
 class OperationError(GraftworkError, TypeError):
     """An operation that cannot be recorded."""
 

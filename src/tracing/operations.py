@@ -117,7 +117,10 @@ def _field(value: Any, name: str) -> Any:
     if isinstance(value, torch.Tensor) and name not in TENSOR_PROPERTIES:
         known = [n for n in dir(torch.Tensor) if not n.startswith("_")]
         raise AttributeError(f"a tensor has no attribute `{name}`. {near(name, known)}")
-    return getattr(value, name)
+    found = getattr(value, name)
+    if callable(found):
+        raise AttributeError(f"`{name}` of {type(value).__name__} is a function, no data")
+    return found
 
 
 def _put_field(whole: Any, part: Any, name: str) -> Any:
@@ -290,19 +293,24 @@ def _named(name: str, function: Callable[..., Any]) -> Operation:
     return Operation(name, function, effect, name in FRESH, copies=copies)
 
 
+def _method(name: str) -> Callable[..., Any]:
+    # The name is no argument: a graph that was sent must not choose another one.
+    def function(value: Any, /, *args: Any, **kwargs: Any) -> Any:
+        method = getattr(value, name, None)
+        if method is None or callable(value):
+            raise AttributeError(f"{type(value).__name__} has no method `{name}`")
+        return method(*args, **kwargs)
+
+    return function
+
+
 def _methods() -> dict[str, Operation]:
     table: dict[str, Operation] = {}
     for name in dir(torch.Tensor):
         if name.startswith("_") or not callable(getattr(torch.Tensor, name)):
             continue
 
-        def function(value: Any, /, *args: Any, _name: str = name, **kwargs: Any) -> Any:
-            method = getattr(value, _name, None)
-            if method is None:
-                raise AttributeError(f"{type(value).__name__} has no method `{_name}`")
-            return method(*args, **kwargs)
-
-        table[name] = _named(name, function)
+        table[name] = _named(name, _method(name))
     return table
 
 
