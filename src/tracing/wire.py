@@ -8,11 +8,12 @@ container. What is not exactly as it has to be is refused with a `WireError`, wh
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, get_type_hints
 
 import numpy as np
 import torch
@@ -261,22 +262,24 @@ def _read_place(written: Any) -> Any:
     return place
 
 
+_fields = functools.cache(get_type_hints)
+
+
 def _check_place(place: Any) -> None:
-    for field, part in zip(place._fields, place, strict=True):
-        expected = type(place).__annotations__[field]
-        if isinstance(part, str):
-            good = expected in ("str", str) and is_path(part)
-        elif type(part) is int:
-            good = expected in ("int", int) and 0 <= part <= MAX_COUNT
-        else:
-            good = type(part) in _PLACE_NAMES
+    for field, kind in _fields(type(place)).items():
+        part = getattr(place, field)
+        good = type(part) is kind
+        if kind is str:
+            good = is_path(part)
+        elif kind is int:
+            good = good and 0 <= part <= MAX_COUNT
         if not good:
-            _refuse(f"`{part!r:.80}` is no {field} of a place in a model")
+            _refuse(f"{part!r:.80} is no {field} of a place in a model")
 
 
 def _check_path(path: Any) -> str:
     if not is_path(path):
-        _refuse(f"`{path!r:.80}` is no path of a module or parameter without private names")
+        _refuse(f"{path!r:.80} is no path of a module or parameter without private names")
     return path  # type: ignore[no-any-return]
 
 
@@ -307,6 +310,10 @@ _KINDS = {
 
 
 # -------------------------------------------------------------------- writing
+
+
+def _own_file(file: str) -> str:
+    return file[len(_SENT) : -1] if file.startswith(_SENT) else file
 
 
 class _Writer:
@@ -340,7 +347,7 @@ class _Writer:
                 args=[*written, *(self.value(argument) for argument in args)],
                 kwargs={key: self.value(value) for key, value in node.kwargs.items()},
                 invoke=node.invoke,
-                file=self.files.setdefault(node.file.removeprefix(_SENT), len(self.files)),
+                file=self.files.setdefault(_own_file(node.file), len(self.files)),
                 line=node.line,
             )
             if node.kind == CALL:
@@ -513,9 +520,7 @@ class _Reader:
     """What of a graph has been read so far."""
 
     def __init__(self, record: GraphRecord, data: Mapping[str, torch.Tensor]) -> None:
-        self.files = [
-            f"{_SENT}{file}" + ("" if file.endswith(">") else ">") for file in record.files
-        ]
+        self.files = [f"{_SENT}{file}>" for file in record.files]
         self.tensors = [_read_tensor(i, one, data) for i, one in enumerate(record.tensors)]
         self.names = [one.name for one in record.tensors]
         self.nodes: list[Node] = []

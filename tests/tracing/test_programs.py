@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from graftwork import Model
+from graftwork.tracing.wire import pack, unpack
 
 SHAPE = (2, 3, 4)
 LAYERS = 3
@@ -251,3 +252,27 @@ def test_program_means_what_it_means_in_plain_torch(program: list[list[Step]]) -
         assert one.untyped_storage().nbytes() == one.numel() * one.element_size()
     torch.testing.assert_close(result, output, rtol=1e-6, atol=1e-6, equal_nan=True)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in MODULE.modules())
+
+
+@pytest.mark.slow
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(programs)
+def test_program_that_was_sent_means_what_it_means_in_plain_torch(
+    program: list[list[Step]],
+) -> None:
+    expected, output = run_plain(program)
+    world, values, saved = Block(), [], []
+    with MODEL.trace(X) as tracer:
+        for layer, part in enumerate(program):
+            saved.extend(execute(world, layer, part, values))
+        tracer.output.save()
+    data = pack(tracer.graph)
+    graph = unpack(data).graph
+    graph.lint()
+    assert pack(graph) == data
+    experiment = tracer.compile()
+    experiment.graph = graph
+    found = list(experiment())
+    assert len(found) == len(expected) + 1
+    for one, other in zip(found, [*expected, output], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6, equal_nan=True)
