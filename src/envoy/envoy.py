@@ -17,6 +17,7 @@ from ..tracing.node import MODULE, PARAMETER, HookPoint
 from ..tracing.proxy import BlockOutput, Proxy, assign, first_argument, record_node, write_in
 from ..tracing.structure import leaves
 from .source import SourceEnvoy
+from .tree import tree_html
 
 
 class Alias(Protocol):
@@ -282,6 +283,9 @@ class Envoy:
 
     def __repr__(self) -> str:
         return repr(self._root.submodule(self._path))
+
+    def _repr_html_(self) -> str:
+        return tree_html(self._root.submodule(self._path), self._path)
 
 
 class Calls:

@@ -459,6 +459,29 @@ class WireError(GraftworkError, ValueError):
         return cls(f"{where} of the graph is refused: {reason}. Nothing of it was run.")
 
 
+class DrawError(GraftworkError):
+    """A graph that cannot be drawn as it was asked for."""
+
+    @classmethod
+    def no_graphviz(cls, form: str) -> DrawError:
+        return cls(
+            f"A picture as {form} needs Graphviz, whose program `dot` was not found. Install it "
+            "(`apt install graphviz`, `brew install graphviz`), or write Mermaid text, which GitHub "
+            'and notebooks draw: `graph.draw("graph.mmd")`.'
+        )
+
+    @classmethod
+    def failed(cls, message: str) -> DrawError:
+        return cls(
+            f"Graphviz could not draw the graph: {message.strip()[:500]}\nDraw fewer operations "
+            '(`draw(limit=50)`), or write Mermaid text: `graph.draw("graph.mmd")`.'
+        )
+
+    @classmethod
+    def suffix(cls, path: str, known: Iterable[str]) -> DrawError:
+        return cls(f"`{path}` does not end in a form that can be written: {', '.join(known)}.")
+
+
 class OperationError(GraftworkError, TypeError):
     """An operation that cannot be recorded."""
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
+from .draw import Drawing, Shown, table_html, written
 from .errors import StepError
 from .node import (
     CALL,
@@ -177,23 +179,62 @@ class Graph:
     def __len__(self) -> int:
         return len(self.nodes)
 
+    def draw(
+        self, path: str | os.PathLike[str] | None = None, *, limit: int | None = 200
+    ) -> Drawing:
+        """The graph as a picture, which a notebook shows; `print(drawing)` gives it as Mermaid text.
+
+        Args:
+            path: also write it there; the suffix decides: .svg and .png (by Graphviz), .dot, .mmd.
+            limit: how many operations are drawn at most, from both ends; None draws all.
+        """
+        drawing = Drawing(self._shown(), limit)
+        if path is not None:
+            drawing.save(path)
+        return drawing
+
+    def _shown(self) -> list[Shown]:
+        saved, alive = self.saved(), self.live()
+        return [
+            Shown(
+                node.index,
+                node.kind,
+                written(node) or _text(node),
+                node.invoke,
+                str(node.location),
+                node.index in saved,
+                bool(alive[node.index]),
+                tuple(argument.index for argument in arguments(node)),
+            )
+            for node in self.nodes
+        ]
+
     def __str__(self) -> str:
         saved = self.saved()
         lines = []
         for node in self.nodes:
-            inner = [_show(a) for a in node.args]
-            inner += [f"{key}={_show(value)}" for key, value in node.kwargs.items()]
-            if node.kind == WRITE:
-                text = f"{node.target} = {', '.join(inner)}"
-            elif node.kind in (READ, PARAMETER):
-                text = str(node.target)
-            else:
-                name = node.target.name if node.kind == CALL else node.target
-                text = f"{name}({', '.join(inner)})"
             star = " (saved)" if node.index in saved else ""
             place = "" if node.invoke < 0 else f"  invoke {node.invoke}"
-            lines.append(f"{node!r:>5} {text}{star}  #{place}  {node.location}")
+            lines.append(f"{node!r:>5} {_text(node)}{star}  #{place}  {node.location}")
         return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        saved, writes = len(self.saved_in_order()), len(self.writes)
+        return f"<graph: {len(self.nodes)} operations, {saved} saved, {writes} places written>"
+
+    def _repr_html_(self) -> str:
+        return table_html(repr(self).strip("<>"), self._shown())
+
+
+def _text(node: Node) -> str:
+    """What a node does."""
+    inner = [_show(a) for a in node.args]
+    inner += [f"{key}={_show(value)}" for key, value in node.kwargs.items()]
+    if node.kind == WRITE:
+        return f"{node.target} = {', '.join(inner)}"
+    if node.kind in (READ, PARAMETER):
+        return str(node.target)
+    return f"{node.target.name if node.kind == CALL else node.target}({', '.join(inner)})"
 
 
 def _show(value: Any) -> str:

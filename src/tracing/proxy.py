@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import html
 import operator
 import sys
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .display import value_html
 from .errors import (
     BlockError,
     CapturedTensorError,
@@ -429,6 +431,11 @@ class Proxy:
             return repr(self._box.value)
         saved = ", saved" if self._box is not None else ""
         return f"<proxy of {self._node.describe()}{saved}, recorded at {self._node.location}>"
+
+    def _repr_html_(self) -> str:
+        if self._box is not None and self._box.full:
+            return value_html(self._box.value)
+        return f"<code>{html.escape(repr(self))}</code>"
 
     # `__class__` must not say torch.Tensor, tempting as it is after the run: torch's C code asks
     # isinstance, believes it, and reads memory that is not there.

@@ -262,11 +262,13 @@ def _read_place(written: Any) -> Any:
     return place
 
 
-_fields = functools.cache(get_type_hints)
+@functools.cache
+def _fields(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
 def _check_place(place: Any) -> None:
-    for field, kind in _fields(type(place)).items():
+    for field, kind in _fields(place.__class__).items():
         part = getattr(place, field)
         good = type(part) is kind
         if kind is str:
