@@ -208,11 +208,10 @@ class Drawing:
         if self._hidden:
             lines.append(f'  hidden["{_entities(self._sentence())}"]')
         lines += [f"  {first} --> {last}" for first, last in self._edges()]
-        seen = dict.fromkeys(map(_class, self._nodes))
-        for name in seen:
-            fill = _STYLES.get(name.split("_")[0], _OTHER)[0]
-            border = ",stroke-width:3px" if "_saved" in name else ""
-            border += ",stroke-dasharray:4 3" if "_dead" in name else ""
+        for name, node in {_class(node): node for node in self._nodes}.items():
+            fill = _STYLES.get(node.kind, _OTHER)[0]
+            border = ",stroke-width:3px" if node.saved else ""
+            border += "" if node.alive else ",stroke-dasharray:4 3"
             lines.append(f"  classDef {name} fill:{fill},color:#1a1a1a,stroke:#888{border}")
         return "\n".join(lines)
 
@@ -289,8 +288,9 @@ def _label(node: Shown) -> str:
 
 
 def _class(node: Shown) -> str:
+    # "call" alone is a word of Mermaid's own.
     kind = node.kind if node.kind in _STYLES else "other"
-    return kind + ("_saved" if node.saved else "") + ("" if node.alive else "_dead")
+    return f"a_{kind}" + ("_saved" if node.saved else "") + ("" if node.alive else "_dead")
 
 
 def _plain(text: str) -> str:
@@ -306,7 +306,9 @@ def _quoted(text: str) -> str:
 
 def _entities(text: str) -> str:
     """Text of Mermaid: what could be syntax or HTML is written by its number."""
-    return re.sub(r"[^\w\s.,:=+*/%…★-]", lambda found: f"#{ord(found[0])};", _plain(text))
+    text = re.sub(r"[^\w\s.,:=+*/%…★-]", lambda found: f"#{ord(found[0])};", _plain(text))
+    # Two of them would start a comment, also inside a string.
+    return text.replace("%%", "#37;#37;")
 
 
 def table_html(title: str, nodes: list[Shown]) -> str:

@@ -31,6 +31,7 @@ FORMAT = 1
 MAX_DEPTH = 32
 MAX_COUNT = 1_000_000
 MAX_HEADER = 100_000_000
+MAX_TEXT = 4_000
 
 _KEY = "graftwork"
 # In front of a file of another machine: it must never be looked up on this one.
@@ -55,7 +56,7 @@ class TensorRecord(_Record):
             user's; None if they lie in order.
     """
 
-    name: str = Field(max_length=200)
+    name: str
     data: str
     order: list[int] | None = None
     parameter: bool = False
@@ -63,7 +64,11 @@ class TensorRecord(_Record):
 
 
 class NodeRecord(_Record):
-    """A node; `target`, `args` and `kwargs` are read by `_KINDS` and `_CODECS`."""
+    """A node; `target`, `args` and `kwargs` are read by `_KINDS` and `_CODECS`.
+
+    What else a node may have is an optional field here, and a line in `_Writer.node` and in
+    `_Reader.append`.
+    """
 
     kind: str
     target: Any
@@ -166,6 +171,8 @@ def _read_size(reader: _Reader, written: Any) -> torch.Size:
     parts = [reader.value(part) for part in _list(written)]
     if any(type(part) is not int for part in parts):
         _refuse("a size that holds something else than integers")
+    if any(not 0 <= part < 2**63 for part in parts):
+        _refuse("a size that is negative or does not fit into 64 bits")
     return torch.Size(parts)
 
 
@@ -398,7 +405,7 @@ class _Writer:
             data, order = self._data_of(tensor, captured.name)
             self.records.append(
                 TensorRecord(
-                    name=captured.name[:200],
+                    name=captured.name,
                     data=data,
                     order=order,
                     parameter=isinstance(tensor, torch.nn.Parameter),
@@ -522,6 +529,10 @@ class _Reader:
     """What of a graph has been read so far."""
 
     def __init__(self, record: GraphRecord, data: Mapping[str, torch.Tensor]) -> None:
+        for text in (*record.files, *(one.name for one in record.tensors)):
+            # They stand in messages, which may end in a terminal or a log.
+            if not text.isprintable() or len(text) > MAX_TEXT:
+                raise WireError.content("A name", "it is too long or cannot be printed")
         self.files = [f"{_SENT}{file}>" for file in record.files]
         self.tensors = [_read_tensor(i, one, data) for i, one in enumerate(record.tensors)]
         self.names = [one.name for one in record.tensors]
@@ -547,6 +558,8 @@ class _Reader:
             if record.kind == CALL:
                 for complaint in complaints(target, record.target, args, kwargs):
                     _refuse(complaint)
+            elif record.kind == WRITE and type(args[0]) is not Node:
+                _refuse("what is written is no node")
             elif any(isinstance(a, Operation) for a in (*args, *kwargs.values())):
                 _refuse("an operation is no value")
             elif not all(key.isidentifier() for key in kwargs):
@@ -647,8 +660,8 @@ def unpack(data: bytes) -> Package:
     Raises:
         WireError: the bytes are damaged, of another format, or hold what a graph may not hold.
     """
-    document = _document(bytes(data))
-    tensors = _tensors(bytes(data))
+    document = _document(data)
+    tensors = _tensors(data)
     record = document.graph
     reader = _Reader(record, tensors)
     for node in record.nodes:

@@ -61,7 +61,6 @@ VALUES: list[Any] = [
     torch.ones(4, dtype=torch.uint16),
     torch.tensor([2**62, -1]),
     torch.empty(2, device="meta"),
-    torch.eye(2).to_sparse(),
     torch.full((2, 2), float("nan")),
     torch.full((2, 2), float("-inf")),
     nn.Parameter(torch.ones(2, 2)),
@@ -92,6 +91,10 @@ def test_any_value_is_shown_by_treescope(value: Any) -> None:
     pytest.importorskip("treescope", reason="the extra `notebook` is not installed")
     text = value_html(value)
     assert "treescope" in text and "alert(1)</script>" not in text
+
+
+def test_sparse_values_are_named(plain: None) -> None:
+    assert "torch.sparse_coo" in value_html(torch.eye(2).to_sparse())
 
 
 def test_treescope_is_given_the_numbers() -> None:

@@ -98,7 +98,7 @@ def test_dead_and_saved_nodes_are_marked(toy: Model, x: torch.Tensor) -> None:
     thick = re.findall(r"(n\d+) \[.*penwidth", drawing.dot)
     saved = [f"n{i}" for i in sorted(block(toy, x).graph.saved())]
     assert thick == saved and len(saved) == 2
-    assert ":::call_dead" in drawing.mermaid and ":::call_saved" in drawing.mermaid
+    assert ":::a_call_dead" in drawing.mermaid and ":::a_call_saved" in drawing.mermaid
 
 
 def test_mermaid_has_one_box_a_node_and_one_arrow_a_use(toy: Model, x: torch.Tensor) -> None:
@@ -133,7 +133,7 @@ def test_labels_are_escaped() -> None:
     (label,) = re.findall(r'n0\["(.*)"\]:::', drawing.mermaid)
     plain = re.sub(r"#(\d+);", lambda found: chr(int(found[1])), label)
     assert plain.startswith('%0 a"b<c>|{d}[e](f)&g#h;\\n ')
-    assert not set('"<>|{}[]()&`\\') & set(label)
+    assert not set('"<>|{}[]()&`\\') & set(label) and "%%" not in label
     strings = re.findall(r'"((?:[^"\\]|\\.)*)"', drawing.dot)
     assert any(s.startswith('%0 a\\"b<c>|{d}[e](f)&amp;g#h;\\\\n ') for s in strings)
     # Nothing is left of a quote that closed too early.
@@ -148,6 +148,16 @@ def test_table_is_well_formed_and_escaped(toy: Model, x: torch.Tensor) -> None:
     assert "b" in page.tags  # "saved"
     nasty = Checker(nasty_graph()._repr_html_())
     assert 'a"b<c>|{d}' in nasty.text and "c" not in nasty.tags
+
+
+def test_no_line_of_mermaid_has_a_word_of_its_language_by_accident(
+    toy: Model, x: torch.Tensor
+) -> None:
+    words = {"call", "click", "end", "default", "style", "class", "graph", "href", "linkStyle"}
+    outside = re.sub(r'"[^"]*"', "", block(toy, x).graph.draw().mermaid)
+    lines = [line.strip() for line in outside.splitlines()]
+    used = {word for line in lines if line != "end" for word in re.findall(r"[A-Za-z_]+", line)}
+    assert not words & used
 
 
 def test_long_graphs_are_elided_with_a_sentence(toy: Model, x: torch.Tensor) -> None:

@@ -506,6 +506,8 @@ HOSTILE: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda d: call(d, "torch.add", {"dict": [[N0, 1]]}), "key"),
     (lambda d: call(d, "torch.add", {"dict": [[[], 1]]}), "key"),
     (lambda d: call(d, "torch.add", {"size": ["a"]}), "integers"),
+    (lambda d: call(d, "torch.add", {"size": [2**63]}), "64 bits"),
+    (lambda d: call(d, "torch.add", {"size": [-1]}), "negative"),
     (lambda d: call(d, "torch.add", {"dtype": "load"}), "no dtype"),
     (lambda d: call(d, "torch.add", {"dtype": []}), "no dtype"),
     (lambda d: call(d, "torch.add", {"device": "cpu; rm"}), "no device"),
@@ -570,6 +572,8 @@ HOSTILE: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda d: node(d, "read").update(target="0.output"), "no place"),
     (lambda d: node(d, "read").update(args=[1]), "1 arguments, not 0"),
     (lambda d: node(d, "write").update(args=[]), "0 arguments, not 1"),
+    (lambda d: node(d, "write").update(args=["text"]), "no node"),
+    (lambda d: node(d, "write").update(args=[{"operation": "getitem"}]), "no node"),
     (lambda d: node(d, "write").update(kwargs={"a": 1}), "2 arguments, not 1"),
     # Records.
     (lambda d: d.update(more=1), "more"),
@@ -592,7 +596,9 @@ HOSTILE: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda d: d["graph"]["tensors"][0].update(data="tensor.9"), "not in the file"),
     (lambda d: d["graph"]["tensors"][0].update(order=[5]), "order"),
     (lambda d: d["graph"]["tensors"][0].update(order=[0] * 2), "order"),
-    (lambda d: d["graph"]["tensors"][0].update(name="x" * 10**6), "name"),
+    (lambda d: d["graph"]["tensors"][0].update(name="x" * 10**6), "too long"),
+    (lambda d: d["graph"]["tensors"][0].update(name="\x1b[2J"), "printed"),
+    (lambda d: d["graph"].update(files=["a\nb"]), "printed"),
     (lambda d: d["graph"].update(nodes={}), "nodes"),
 ]
 
