@@ -443,14 +443,14 @@ class WireError(GraftworkError, ValueError):
     @classmethod
     def version(cls, found: object, known: int, library: object) -> WireError:
         return cls(
-            f"The graph has format {found!r} (written by graftwork {library}), this graftwork reads "
+            f"The graph has format {found!r} (written by graftwork {library!r}), this graftwork reads "
             f"format {known}. Install the same version of graftwork on both sides."
         )
 
     @classmethod
     def unknown(cls, what: str, name: str, where: str, known: Iterable[str]) -> WireError:
         return cls(
-            f"{where} of the graph names the {what} `{name}`, which is not allowed in a graph or not "
+            f"{where} of the graph names the {what} {name!r}, which is not allowed in a graph or not "
             f"known to this version. {near(name, known)}"
         )
 

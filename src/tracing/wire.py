@@ -709,7 +709,7 @@ def _document(data: bytes) -> Document:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"]))[:200]
-        raise WireError.damaged(f"`{place}`: {first['msg'][:200]}") from None
+        raise WireError.damaged(f"{place!r}: {first['msg'][:200]}") from None
 
 
 def _json(text: str | bytes) -> Any:
@@ -747,7 +747,7 @@ def _tensors(data: bytes) -> dict[str, torch.Tensor]:
     try:
         found = safetensors.torch.load(data)
     except Exception as error:  # it has errors of several kinds for what is not in order
-        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        reason = f"{type(error).__name__}: {str(error)[:200]!r}"
         raise WireError.damaged(f"its tensors cannot be read ({reason})") from error
     for name, tensor in found.items():
         if tensor.dtype not in DTYPES:

@@ -194,7 +194,6 @@ def test_invokes_saves_and_last_writes_are_kept(toy: Model, x: torch.Tensor) -> 
     assert [n.invoke for n in graph.nodes] == [n.invoke for n in tracer.graph.nodes]
     results = sent(tracer)
     torch.testing.assert_close(results, [first.value, again.value, again.value])
-    torch.testing.assert_close(results[0], toy.tree()(x * 0 + 0) * 0 + results[0])
     assert str(graph).count("invoke 1") == str(tracer.graph).count("invoke 1") > 0
 
 
@@ -577,6 +576,9 @@ HOSTILE: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda d: node(d, "write").update(kwargs={"a": 1}), "2 arguments, not 1"),
     # Records.
     (lambda d: d.update(more=1), "more"),
+    (lambda d: d.update({"\x1b[2J": 1}), "refused|Extra inputs"),
+    (lambda d: d.update(format=2, library="\x1b[2J"), "Install the same version"),
+    (lambda d: call(d, "\x1b[2J", N0), "not allowed"),
     (lambda d: d.pop("graph"), "graph"),
     (lambda d: d.update(extra={"a": 1}), "extra"),
     (lambda d: d.update(named=["t", "t"]), "tensors"),
@@ -609,7 +611,8 @@ def test_hostile_content_is_refused(
 ) -> None:
     with pytest.raises(WireError, match=f"(?s){reason}") as refused:
         unpack(changed(good, change))
-    assert len(str(refused.value)) < 1000
+    message = str(refused.value)
+    assert len(message) < 1000 and message.replace("\n", "").isprintable()
 
 
 def test_json_that_python_would_mend_is_refused(good: bytes) -> None:
@@ -707,6 +710,28 @@ def test_reading_a_graph_loads_nothing_and_runs_nothing(good: bytes, tmp_path: P
     code = code.replace("events = []", "unpack(data); events = []")  # imports are done before
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+
+
+def test_a_sent_graph_runs_on_other_prompts_of_another_length() -> None:
+    model = LanguageModel("graftwork/tiny")
+    with model.trace("The capital of France is") as tracer:
+        model.transformer.h[1].output[0][:, -1] *= 2
+        model.lm_head.output[:, -1].save()
+    experiment = tracer.compile()
+    experiment.graph = unpack(pack(tracer.graph)).graph
+    (found,) = experiment("One")
+    module, ids = model.load(), model.tokenizer("One", return_tensors="pt").input_ids
+
+    def double(_m: Any, _a: Any, output: torch.Tensor) -> torch.Tensor:
+        output = output.clone()
+        output[:, -1] *= 2
+        return output
+
+    handle = module.transformer.h[1].register_forward_hook(double)
+    with torch.no_grad():
+        expected = module(ids).logits[:, -1]
+    handle.remove()
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.slow
