@@ -175,13 +175,15 @@ def test_head_alias_and_generation_steps(gpt2: LanguageModel, ids: torch.Tensor)
     assert {n.target.step for n in graph.nodes if n.kind == "read"} == {0, 2}
 
 
-def test_invokes_saves_and_last_writes_are_kept(toy: Model, x: torch.Tensor) -> None:
+def test_invokes_saves_and_last_writes_are_kept(
+    toy: Model, x: torch.Tensor, reference: Callable[..., Any]
+) -> None:
     with toy.trace() as tracer:
         with tracer.invoke(x):
             donor = toy.mid.output[:, 0]
             toy.inp.output[:] = 1
             toy.inp.output[:] = 0
-            first = toy.out.output.save()
+            toy.out.output.save()
         with tracer.invoke(x + 1):
             toy.mid.output[:, 0] = donor
             again = toy.out.output.save()
@@ -192,8 +194,18 @@ def test_invokes_saves_and_last_writes_are_kept(toy: Model, x: torch.Tensor) -> 
         (k, n.index) for k, n in tracer.graph.writes.items()
     ]
     assert [n.invoke for n in graph.nodes] == [n.invoke for n in tracer.graph.nodes]
-    results = sent(tracer)
-    torch.testing.assert_close(results, [first.value, again.value, again.value])
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep(name: str) -> Callable[[torch.Tensor], None]:
+        return lambda out: seen.update({name: out.clone()})
+
+    def put_donor(out: torch.Tensor) -> None:
+        out[:, 0] = seen["donor"][:, 0]
+
+    hooks = {"inp": torch.Tensor.zero_, "mid": keep("donor"), "out": keep("first")}
+    reference(toy.tree(), (x,), hooks)
+    reference(toy.tree(), (x + 1,), {"mid": put_donor, "out": keep("second")})
+    torch.testing.assert_close(sent(tracer), [seen["first"], seen["second"], seen["second"]])
     assert str(graph).count("invoke 1") == str(tracer.graph).count("invoke 1") > 0
 
 
