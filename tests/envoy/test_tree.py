@@ -80,7 +80,7 @@ def test_only_numbered_equal_modules_are_counted_together() -> None:
             self.register_buffer("mask", torch.ones(2, dtype=torch.bool))
 
     text = Page(Model(Attention())._repr_html_()).text
-    assert "q_proj" in text and "k_proj" in text
+    assert "q_proj" in text and "k_proj" in text and "… k_proj" not in text
     assert "2 × Linear" in text and "0 … 1" in text and "3 × " not in text
     assert "mask [2] bool" in text and "not known yet" in text and "absent" not in text
 
