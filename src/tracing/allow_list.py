@@ -19,9 +19,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .cache import CACHED
 from .operations import (
     AGAIN,
     APPLY,
+    BACKWARD,
     ELEMENT,
     FIELD,
     FIRST_ARGUMENT,
@@ -86,6 +88,8 @@ _OWN = {
     "put": PUT,
     "again": AGAIN,
     "apply": APPLY,
+    "backward": BACKWARD,
+    "cached": CACHED,
 }
 
 
@@ -226,7 +230,11 @@ _ARGUMENTS: dict[Operation, tuple[_Kind, ...]] = {
     CONSTANT: (_VALUE, _VALUE),
     PUT: (_VALUE, _VALUE, _VIEW, _TUPLE, _NAMED),
     AGAIN: (_VALUE, _VALUE, _VIEW, _TUPLE, _NAMED),
+    BACKWARD: (_VALUE, _VALUE, _VALUE),
+    CACHED: (_VALUE, _VALUE, _VALUE),
 }
+#: Those of them that take further arguments by name.
+_OPTIONS = {BACKWARD: {"retain_graph", "create_graph"}}
 
 
 @functools.cache
@@ -255,7 +263,7 @@ def complaints(
     expected = _ARGUMENTS.get(operation)
     if expected is None:
         expected = (_VALUE,) * len(args)
-    elif len(args) != len(expected) or kwargs:
+    elif len(args) != len(expected) or not kwargs.keys() <= _OPTIONS.get(operation, set()):
         yield f"{len(args) + len(kwargs)} arguments where {len(expected)} are taken"
         return
     for number, (kind, value) in enumerate(zip(expected, args, strict=True)):

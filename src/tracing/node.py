@@ -212,3 +212,8 @@ class Node:
 
     def __repr__(self) -> str:
         return f"%{self.index}"
+
+
+def grad_point(node: Node, backward: int) -> GradPoint:
+    """The place of the gradient of `node`."""
+    return GradPoint(node.describe().strip("`"), node, backward)

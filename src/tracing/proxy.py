@@ -36,7 +36,7 @@ from .errors import (
     near,
 )
 from .graph import Box, Graph
-from .node import CALL, READ, WRITE, Captured, GradPoint, HookPoint, Node, user_line
+from .node import CALL, READ, WRITE, Captured, HookPoint, Node, grad_point, user_line
 from .operations import (
     AGAIN,
     APPLY,
@@ -676,7 +676,7 @@ def _gradient(proxy: Proxy) -> Any:
     number = recording.backward
     if number is None:
         number = _last_backward(graph, recording.invoke, node.invoke)
-    point = GradPoint(node.describe().strip("`"), node, number)
+    point = grad_point(node, number)
     if place is not None and root._node.kind == READ and type(place[1]) is HookPoint:
         graph.traced.add(root._node.index)
         if recording.current.get(place) is root and place not in graph.writes:

@@ -8,12 +8,11 @@ container. What is not exactly as it has to be is refused with a `WireError`, wh
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
-from typing import Any, NamedTuple, NoReturn, get_type_hints
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -22,8 +21,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from .allow_list import complaints, function_name, functions, is_path, name_of, operations
 from .errors import CapturedTensorError, Location, WireError
 from .graph import Box, Graph
-from .node import CALL, MODULE, PARAMETER, READ, WRITE, Captured, HookPoint, Node
-from .operations import APPLY, Operation
+from .node import (
+    CALL,
+    MODULE,
+    PARAMETER,
+    READ,
+    WRITE,
+    Captured,
+    GradPoint,
+    HookPoint,
+    Node,
+    grad_point,
+)
+from .operations import APPLY, BACKWARD, Operation
 
 #: Format of what `pack` writes. `unpack` reads this one alone.
 FORMAT = 1
@@ -80,13 +90,15 @@ class NodeRecord(_Record):
 
 
 class GraphRecord(_Record):
-    """A graph: indices in `saves` and `writes` are those of nodes, `file` of a node that of `files`."""
+    """A graph: indices in `saves`, `writes` and `traced` are those of nodes, `file` of a node that of
+    `files`."""
 
     files: list[str] = Field(max_length=MAX_COUNT)
     tensors: list[TensorRecord] = Field(max_length=MAX_COUNT)
     nodes: list[NodeRecord] = Field(max_length=MAX_COUNT)
     saves: list[int] = Field(max_length=MAX_COUNT)
     writes: list[int] = Field(max_length=MAX_COUNT)
+    traced: list[int] = Field(default=[], max_length=MAX_COUNT)
     fixed_positions: bool = False
 
 
@@ -235,53 +247,43 @@ _CODECS = (
     Codec(
         "operation", Operation, lambda w, v: w.operation(v), lambda r, v: r.operation(v, alone=True)
     ),
-    Codec("place", HookPoint, lambda w, v: _write_place(v), lambda r, v: _read_place(v)),
+    Codec("place", HookPoint, lambda w, v: _write_place(v), lambda r, v: _read_place(r, v)),
 )
 _BY_TYPE = {codec.type: codec for codec in _CODECS}
 _BY_TAG = {codec.tag: codec for codec in _CODECS}
 _NUMBERS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
-#: Targets that are places of a run, by the name that they are sent under. Another one is a line.
-_PLACES: dict[str, Any] = {"hook_point": HookPoint}
-_PLACE_NAMES = {place: name for name, place in _PLACES.items()}
-
 
 def _write_place(place: Any) -> Any:
-    return {
-        _PLACE_NAMES[type(place)]: [
-            _write_place(part) if type(part) in _PLACE_NAMES else part for part in place
-        ]
-    }
+    if type(place) is GradPoint:
+        return {"gradient": [place.node.index, place.backward]}
+    _check_hook_point(place)
+    return {"hook_point": list(place)}
 
 
-def _read_place(written: Any) -> Any:
+def _read_place(reader: _Reader, written: Any) -> Any:
     """A place, whose strings are paths without private names and whose numbers are small."""
-    if type(written) is not dict or len(written) != 1 or not written.keys() <= _PLACES.keys():
+    if type(written) is not dict or len(written) != 1:
         _refuse("no place of a model")
     ((name, fields),) = written.items()
-    kind = _PLACES[name]
-    parts = [
-        _read_place(part) if type(part) is dict else part
-        for part in _list(fields, len(kind._fields))
-    ]
-    place = kind(*parts)
-    _check_place(place)
-    return place
+    if name == "gradient":
+        index, backward = _list(fields, 2)
+        if type(backward) is not int or not 0 <= backward <= MAX_COUNT:
+            _refuse(f"{backward!r:.80} is no number of a backward pass")
+        return grad_point(reader.node(index), backward)
+    if name != "hook_point":
+        _refuse("no place of a model")
+    point = HookPoint(*_list(fields, len(HookPoint._fields)))
+    _check_hook_point(point)
+    return point
 
 
-@functools.cache
-def _fields(kind: Any) -> dict[str, Any]:
-    return get_type_hints(kind)
-
-
-def _check_place(place: Any) -> None:
-    for field, kind in _fields(place.__class__).items():
-        part = getattr(place, field)
-        good = type(part) is kind
-        if kind is str:
+def _check_hook_point(point: HookPoint) -> None:
+    for field, part in zip(HookPoint._fields, point, strict=True):
+        if field in ("path", "port"):
             good = is_path(part)
-        elif kind is int:
-            good = good and 0 <= part <= MAX_COUNT
+        else:
+            good = type(part) is int and 0 <= part <= MAX_COUNT
         if not good:
             _refuse(f"{part!r:.80} is no {field} of a place in a model")
 
@@ -300,13 +302,8 @@ class _Kind(NamedTuple):
     arguments: int | None
 
 
-def _write_target_place(writer: _Writer, target: Any) -> Any:
-    _check_place(target)
-    return _write_place(target)
-
-
 def _place(arguments: int) -> _Kind:
-    return _Kind(_write_target_place, lambda r, v: _read_place(v), arguments)
+    return _Kind(lambda w, v: _write_place(v), _read_place, arguments)
 
 
 _KINDS = {
@@ -513,6 +510,7 @@ def pack(
             nodes=nodes,
             saves=list(graph.saved_in_order()),
             writes=[node.index for node in graph.writes.values()],
+            traced=sorted(graph.traced),
             fixed_positions=graph.fixed_positions,
         ),
         extra=dict(extra or {}),
@@ -669,8 +667,13 @@ def unpack(data: bytes) -> Package:
     graph = Graph()
     graph.nodes = reader.nodes
     graph.fixed_positions = record.fixed_positions
-    graph.needs_grad = any(tensor.requires_grad for tensor in reader.tensors)
+    graph.backwards = [node for node in graph.nodes if node.target is BACKWARD]
+    graph.needs_grad = bool(graph.backwards) or any(one.requires_grad for one in reader.tensors)
     count = len(graph.nodes)
+    for index in record.traced:
+        if not 0 <= index < count or graph.nodes[index].kind == WRITE:
+            raise WireError.content("The list of traced values", f"node {index} is no value")
+        graph.traced.add(index)
     for number, index in enumerate(record.saves):
         if not 0 <= index < count or graph.nodes[index].kind == WRITE:
             raise WireError.content("The list of saves", f"node {index} is no value")

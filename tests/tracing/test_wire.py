@@ -756,3 +756,65 @@ def test_a_long_graph_is_packed_in_linear_time(toy: Model, x: torch.Tensor) -> N
     graph = unpack(pack(tracer.graph)).graph
     assert len(graph) == 20_001
     assert all(type(n) is Node for n in graph.nodes)
+
+
+# ---------------------------------------------------------------- gradients and caches
+
+
+def test_gradients_and_their_edits(toy: Model, x: torch.Tensor) -> None:
+    with toy.trace(x) as tracer:
+        toy.out.output.grad[:, 0] *= 3
+        toy.inp.output[:, 1].grad.save()
+        tracer.output.pow(2).sum().backward()
+    module = toy.tree()
+    kept: list[torch.Tensor] = []
+
+    def scaled(gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.clone()
+        gradient[:, 0] *= 3
+        return gradient
+
+    def keep(_: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        output.retain_grad()
+        kept.append(output)
+
+    def scale(_: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        output.register_hook(scaled)
+
+    handles = [
+        module.inp.register_forward_hook(keep),
+        module.out.register_forward_hook(scale),
+    ]
+    try:
+        module(x).pow(2).sum().backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = sent(tracer)
+    module.zero_grad()
+    assert kept[0].grad is not None
+    torch.testing.assert_close(found, [kept[0].grad[:, 1]])
+
+
+def test_a_cache(toy: Model, x: torch.Tensor) -> None:
+    with toy.trace() as tracer, tracer.invoke(x) as invoker:
+        del invoker
+        tracer.cache(modules=["inp"], dtype=torch.float64)
+    with torch.no_grad():
+        expected = toy.tree().inp(x).double()
+    torch.testing.assert_close(sent(tracer), [expected])
+
+
+@pytest.mark.parametrize("written", [[0, -1], [0, 10**9], [10**6, 0], ["a", 0], [0], [True, 0]])
+def test_a_gradient_of_nothing_is_refused(toy: Model, x: torch.Tensor, written: Any) -> None:
+    with toy.trace(x) as tracer:
+        toy.inp.output.grad.save()
+        tracer.output.sum().backward()
+
+    def change(document: dict[str, Any]) -> None:
+        for one in document["graph"]["nodes"]:
+            if one["kind"] == "read" and "gradient" in one["target"]:
+                one["target"]["gradient"] = written
+
+    with pytest.raises(WireError):
+        unpack(changed(pack(tracer.graph), change))
