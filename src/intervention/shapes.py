@@ -62,6 +62,7 @@ class Shapes:
         self._structure = structure
         self._fakes: Fakes | None = None
         self._trials: list[Fakes] | None = None
+        self._open: list[Fakes] | None = None
 
     def value(self, node: Node) -> Any:
         """A fake value of `node`. Raises ScheduleError if the model cannot be run fake."""
@@ -116,14 +117,7 @@ class Shapes:
             if positions:
                 return positions[0]
         if self._trials is None:
-            self._trials = [
-                Fakes(
-                    self._structure,
-                    lambda node, n=n: (self._size(node)[0], n),  # type: ignore[misc]
-                    self._schedule,
-                )
-                for _, n in SIZES
-            ]
+            self._trials = [self._sized(None, tokens) for _, tokens in SIZES]
         try:
             first, second = (trial.value(node) for trial in self._trials)
         except ScheduleError:
@@ -143,6 +137,21 @@ class Shapes:
                     )
                 return found[0]
         raise OperationError(f"`.t`: {node.describe()} has no axis that counts tokens.")
+
+    def sizes(self, node: Node) -> list[int | None]:
+        """The sizes of a tensor; None where they are those of the prompts."""
+        if self._open is None:
+            self._open = [self._sized(batch, tokens) for batch, tokens in SIZES]
+        first, second = (trial.value(node).shape for trial in self._open)
+        return [a if a == b else None for a, b in zip(first, second, strict=True)]
+
+    def _sized(self, batch: int | None, tokens: int) -> Fakes:
+        """Fake values for other prompts."""
+
+        def size(node: Node) -> tuple[int, int]:
+            return self._size(node)[0] if batch is None else batch, tokens
+
+        return Fakes(self._structure, size, self._schedule)
 
     def _measured(self, node: Node) -> Any:
         """Axes of a value that is a hook point's, or a part of its structure; None for others."""

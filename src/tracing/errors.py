@@ -129,6 +129,13 @@ class BlockError(GraftworkError):
         )
 
     @classmethod
+    def saves_in_edit(cls, what: str) -> BlockError:
+        return cls(
+            f"{what} was saved in an edit, which has no prompt of its own. Save it in a block of the "
+            "edited model."
+        )
+
+    @classmethod
     def changes_outer(cls, what: str, location: Location) -> BlockError:
         return cls(
             f"{what} is from before the `with tracer.iter[…]` block and is changed in it. Use "
@@ -283,6 +290,13 @@ class OrderError(GraftworkError):
             "Two invokes wait for each other's later values, so neither can run first.\n"
             f"  {first}\n  {second}\n"
             "Compute one of the values in a block of its own and save it."
+        )
+
+    @classmethod
+    def passes(cls, place: str, write: Location, passed: Location) -> OrderError:
+        return cls(
+            f"What is written to `{place}` at {write} depends on what the attached module computes "
+            f"from it at {passed}. Write a value that is known before it."
         )
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from heapq import heappop, heappush
 from typing import Any
 
 from .draw import Drawing, Shown, table_html, written
-from .errors import StepError
+from .errors import OrderError, StepError
 from .node import (
     CALL,
     KINDS,
@@ -72,6 +73,7 @@ class Graph:
         writes: the last WRITE node of each invoke at each hook point.
         backwards: the nodes of `backward()`, in recorded order.
         traced: indices of the nodes whose values autograd must pass through.
+        passed: what stands for each place of an attached module, for those that use it.
         needs_grad: a captured tensor requires grad.
         fixed_positions: it holds positions of tokens that fit prompts of these lengths alone.
     """
@@ -84,6 +86,7 @@ class Graph:
         "fixed_positions",
         "needs_grad",
         "nodes",
+        "passed",
         "saves",
         "traced",
         "writes",
@@ -100,6 +103,7 @@ class Graph:
         self.needs_grad = False
         self.backwards: list[Node] = []
         self.traced: set[int] = set()
+        self.passed: dict[tuple[int, HookPoint], Node] = {}
 
     def append(
         self,
@@ -140,6 +144,55 @@ class Graph:
         self._searched = len(self.nodes)
         return frozenset(self._inner)
 
+    def settle(self) -> bool:
+        """Give those that use a place of an attached module what was written there last.
+
+        Returns:
+            Whether anything has changed; then the nodes are in another order.
+
+        Raises:
+            OrderError: what is written there depends on what is computed from it.
+        """
+        found = [(spot, self.writes[spot]) for spot in self.passed if spot in self.writes]
+        for spot, write in found:
+            passed = self.passed[spot]
+            passed.args = (write.args[0], *passed.args[1:])
+            del self.writes[spot]
+        if found:
+            self._sort([write for _, write in found])
+        return bool(found)
+
+    def _sort(self, changed: list[Node]) -> None:
+        """Put arguments before their users again, else in recorded order."""
+        users: dict[int, list[Node]] = {}
+        waiting = []
+        for node in self.nodes:
+            used = {argument.index for argument in arguments(node)}
+            if type(node.target) is GradPoint:
+                used.add(node.target.node.index)
+            for index in used:
+                users.setdefault(index, []).append(node)
+            waiting.append(len(used))
+        ready = [index for index, count in enumerate(waiting) if not count]
+        order: list[Node] = []
+        while ready:
+            node = self.nodes[heappop(ready)]
+            order.append(node)
+            for user in users.get(node.index, ()):
+                waiting[user.index] -= 1
+                if not waiting[user.index]:
+                    heappush(ready, user.index)
+        if len(order) < len(self.nodes):
+            write = next(node for node in changed if waiting[node.index])
+            passed = next(n for n in self.passed.values() if n.args[0] is write.args[0])
+            raise OrderError.passes(str(write.target), write.location, passed.location)
+        traced = {id(self.nodes[index]) for index in self.traced}
+        for index, node in enumerate(order):
+            node.index = index
+        self.nodes[:] = order
+        self.traced = {node.index for node in order if id(node) in traced}
+        self._searched = 0
+
     def release(self) -> None:
         """Let go of the boxes; which nodes were saved stays known."""
         self._saved = self.saved_in_order()
@@ -159,6 +212,7 @@ class Graph:
         graph.nodes, graph.writes = self.nodes, self.writes
         graph.needs_grad, graph.fixed_positions = self.needs_grad, self.fixed_positions
         graph.backwards, graph.traced = self.backwards, self.traced
+        graph.passed = self.passed
         for number, index in enumerate(self.saved_in_order()):
             graph.saves.append((self.nodes[index], Box(number)))
         return graph

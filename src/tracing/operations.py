@@ -200,6 +200,22 @@ FIRST_ARGUMENT = Operation("first argument", _first_argument, VIEW, inverse=_put
 APPLY = Operation("apply", _apply)
 
 
+def _tokens(value: Any, key: Any, axis: int) -> Any:
+    return (*(slice(None),) * axis, key)
+
+
+#: An index of a prompt's own tokens, in what is recorded before the prompt is known.
+TOKENS = Operation("tokens", _tokens)
+
+
+def _passed(value: Any, point: Any) -> Any:
+    return value
+
+
+#: What is at a place of an attached module, once it has been read and written there.
+PASSED = Operation("passed", _passed)
+
+
 def _backward(loss: Any, gradient: Any, inputs: Any, **options: Any) -> None:
     # Without numbers there is nothing to derive.
     if not loss.is_meta:

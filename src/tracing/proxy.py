@@ -52,6 +52,7 @@ from .operations import (
     SETITEM,
     TAKE,
     TENSOR_PROPERTIES,
+    TOKENS,
     VIEW,
     Operation,
     function_operation,
@@ -64,6 +65,7 @@ from .structure import ATOMS, children, leaves, map_leaves
 _SHAPE_METHODS = frozenset(
     "size dim numel nelement ndimension is_floating_point is_complex is_signed element_size".split()
 )
+_SIZES = frozenset({"size", "numel", "nelement"})
 _SHAPE_PROPERTIES = frozenset("itemsize nbytes layout is_nested is_sparse is_quantized".split())
 _DICT_METHODS = frozenset({"keys", "values", "items", "get", "to_tuple"})
 _ON_DEMAND = frozenset({"item", "tolist", "numpy"})
@@ -195,7 +197,12 @@ class Proxy:
 
     @property
     def shape(self) -> Any:
-        """Shape of the value; of a structure, the structure of its shapes."""
+        """Shape of the value; of a structure, the structure of its shapes.
+
+        In an edit, the sizes that are those of a prompt are proxies of numbers.
+        """
+        if self._recording.lasting and self._recording.state is OPEN:
+            return _lasting_shape(self)
         return _described(self, lambda leaf: leaf.shape)
 
     @property
@@ -291,6 +298,13 @@ class Proxy:
 
     def _length(self, use: str) -> int:
         fake = self._recording.ask().value(_current(self))
+        if self._recording.lasting and isinstance(fake, torch.Tensor) and fake.ndim:
+            size = self._recording.ask().sizes(_current(self))[0]
+            if size is None:
+                raise NotRunError.no_values(
+                    use, self._node.describe(), "its length is that of the prompts", user_line(3)
+                )
+            return size
         if isinstance(fake, torch.Tensor) and fake.ndim == 0:
             raise OperationError(
                 f"{use} of a scalar: {self._node.describe()}. To make one tensor of several values "
@@ -314,6 +328,8 @@ class Proxy:
             return getattr(self._known(), name)
         if name in TENSOR_PROPERTIES:
             return _record(self._recording, FIELD, (self, name), {})
+        if name in _SIZES and self._recording.lasting:
+            return Method(self, name)
         if name in _SHAPE_METHODS or name in _SHAPE_PROPERTIES:
             return getattr(self._recording.ask().value(_current(self)), name)
         if name in _ON_DEMAND:
@@ -552,10 +568,20 @@ class Tokens:
             raise OperationError(
                 "`.t` counts tokens inside a block. After it, index the value: `h.value[:, i]`."
             )
-        return recording.ask().token_index(_current(self._proxy), key)
+        node = _current(self._proxy)
+        if recording.loop is None:
+            return recording.ask().token_index(node, key)
+        # Where the tokens lie is known when this is placed: see template.py.
+        if any(isinstance(leaf, Proxy) for leaf in leaves(key)):
+            raise OperationError("`.t` takes numbers here, no values of the block.")
+        args = (node, key, recording.ask().token_axis(node))
+        return Proxy(recording, recording.graph.append(CALL, TOKENS, args, None, recording.invoke))
 
     def __getitem__(self, key: Any) -> Any:
-        return Proxy.__getitem__(self._proxy, self._key(key))
+        found = self._key(key)
+        if isinstance(found, Proxy) and type(key) in (int, slice):
+            return _record(self._proxy._recording, GETITEM, (self._proxy, found), {})
+        return Proxy.__getitem__(self._proxy, found)
 
     def __setitem__(self, key: Any, value: Any) -> None:
         Proxy.__setitem__(self._proxy, self._key(key), value)
@@ -932,6 +958,18 @@ def _dict_method(proxy: Proxy, fake: dict[str, Any], name: str, *args: Any) -> A
     if name == "items":
         return list(zip(fake, values, strict=True))
     return tuple(values) if name == "to_tuple" else values
+
+
+def _lasting_shape(proxy: Proxy) -> Any:
+    """The shape of a value in an edit, which is for prompts of any length."""
+    recording = proxy._recording
+    if not isinstance(recording.ask().value(_current(proxy)), torch.Tensor):
+        raise OperationError(f"{proxy._node.describe()} is no tensor: take the shape of its parts.")
+    size = METHODS["size"]
+    return tuple(
+        _record(recording, size, (proxy, axis), {}) if known is None else known
+        for axis, known in enumerate(recording.ask().sizes(_current(proxy)))
+    )
 
 
 def _described(proxy: Proxy, part: Callable[[Any], Any]) -> Any:

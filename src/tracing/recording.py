@@ -26,6 +26,12 @@ class Oracle(Protocol):
     def token_index(self, node: Node, key: Any) -> Any:
         """The index that selects `key` of the prompt's own tokens in the value of `node`."""
 
+    def token_axis(self, node: Node) -> int:
+        """Which axis of the value of `node` counts tokens."""
+
+    def sizes(self, node: Node) -> list[int | None]:
+        """The sizes of a tensor; None where they are those of the prompts."""
+
 
 class Recording:
     """What one block has recorded so far.
@@ -43,6 +49,7 @@ class Recording:
         session: the session that the block belongs to.
         caches: what the open invoke records when it ends.
         loop: index of the first node of the loop over steps that is open; None outside.
+        lasting: it is an edit: what it records is for prompts that come later.
         looped: there was such a loop, whose own proxies have no single value.
         no_values: why no value can be had here; None where it can.
         no_gradients: why no `backward()` can be here; None where it can.
@@ -57,6 +64,7 @@ class Recording:
         "graph",
         "invoke",
         "known",
+        "lasting",
         "loop",
         "looped",
         "no_gradients",
@@ -81,7 +89,7 @@ class Recording:
         self.session: Any = None
         self.no_values: str | None = None
         self.loop: int | None = None
-        self.looped = False
+        self.looped = self.lasting = False
         self.caches: list[Any] = []
         self.backward: int | None = None
         self.no_gradients: str | None = None
@@ -125,6 +133,8 @@ class Recording:
 
     def box(self, node: Node) -> Box:
         """Where a value arrives that is saved in a block with loops."""
+        if self.lasting:
+            raise BlockError.saves_in_edit(node.describe())
         self.check(node)
         return Box(len(self.graph.saves)) if self.loop is None else Series()
 

@@ -1,8 +1,8 @@
 """Owns loops over the steps of a generation: `tracer.iter[a:b]` and `tracer.all()`.
 
-As a `for` loop, each round records at its step. As a `with`, the block is recorded once: its nodes are
-a template, which is put into the graph once for each step when the block ends. So planner and run
-know nothing of loops. A step that never comes leaves its nodes without values.
+As a `for` loop, each round records at its step. As a `with`, the block is recorded once: it is a
+template, which is put into the graph once for each step when the block ends. A step that never comes
+leaves its nodes without values.
 """
 
 from __future__ import annotations
@@ -11,14 +11,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from .errors import BlockError
-from .graph import Box, Series
-from .node import CALL, READ, WRITE, Node
-from .operations import Operation
-from .proxy import CONSTANT, Proxy, current_node
+from .graph import Series
+from .node import CALL
+from .proxy import Proxy
 from .recording import OPEN, Recording
-from .structure import map_leaves
-
-STEP = Operation("step", lambda: None)
+from .template import STEP, Template
 
 
 class Iter:
@@ -84,6 +81,7 @@ class Steps:
             recording.current,
             graph.writes,
             graph.saves,
+            graph.passed,
             recording.no_values,
         )
         if self._single:
@@ -92,7 +90,7 @@ class Steps:
         self._start = recording.loop = len(graph.nodes)
         recording.looped = True
         recording.step = self._steps[0] if self._steps else 0
-        recording.current, graph.writes, graph.saves = {}, {}, []
+        recording.current, graph.writes, graph.saves, graph.passed = {}, {}, [], {}
         recording.no_values = (
             "this block is recorded once for several steps; `for step in tracer.iter[…]` "
             "records each by itself"
@@ -104,61 +102,14 @@ class Steps:
         if self._single:
             recording.step = self._kept[0]
             return
-        current, writes, saves = recording.current, graph.writes, graph.saves
-        nodes = graph.nodes[self._start :]
         first = self._steps[0] if self._steps else 0
+        template = Template.of(recording, graph.nodes[self._start :], first)
+        for node, series in graph.saves:
+            assert isinstance(series, Series)
+            template.saves.append((node, series))
         del graph.nodes[self._start :]
-        recording.step, recording.current, graph.writes, graph.saves, before = self._kept
-        recording.no_values, recording.loop = before, None
-        self._kept = ()
-        if kind is not None:
-            return
-        for step in self._steps:
-            values = self._place(nodes, step, step - first)
-            for (invoke, point), write in writes.items():
-                place = (invoke, _shifted(point, step - first))
-                node = values.get(write.args[0].index, write.args[0])
-                graph.writes[place] = self._copy(write, place[1], (node,), {})
-                if (invoke, point) in current:
-                    kind_of = type(current[invoke, point])
-                    recording.current[place] = kind_of(recording, node, place)
-            for node, series in saves:
-                part = Box(len(graph.saves))
-                assert isinstance(series, Series)
-                series.parts.append(part)
-                graph.saves.append((values[node.index], part))
-
-    def _place(self, nodes: list[Node], step: int, shift: int) -> dict[int, Node]:
-        """Put the template into the graph for one step; gives its nodes by their old index."""
-        recording = self._recording
-        values: dict[int, Node] = {}
-
-        def swap(leaf: Any) -> Any:
-            return values.get(leaf.index, leaf) if type(leaf) is Node else leaf
-
-        for node in nodes:
-            if node.kind == WRITE:
-                continue
-            if node.target is STEP:
-                values[node.index] = self._copy(node, CONSTANT, (step, None), {})
-            elif node.kind == READ:
-                place = (node.invoke, _shifted(node.target, shift))
-                known = recording.current.get(place)
-                if known is None:
-                    new = self._copy(node, place[1], (), {})
-                    known = recording.current[place] = Proxy(recording, new, place)
-                values[node.index] = current_node(known)
-            else:
-                args, kwargs = map_leaves(swap, node.args), map_leaves(swap, node.kwargs)
-                values[node.index] = self._copy(node, node.target, args, kwargs)
-        return values
-
-    def _copy(self, node: Node, target: Any, args: Any, kwargs: Any) -> Node:
-        nodes = self._recording.graph.nodes
-        new = Node(len(nodes), node.kind, target, args, kwargs, node.invoke, node.file, node.line)
-        nodes.append(new)
-        return new
-
-
-def _shifted(point: Any, shift: int) -> Any:
-    return point if point.port == "result" else point._replace(step=point.step + shift)
+        recording.step, recording.current, graph.writes, graph.saves, *others = self._kept
+        graph.passed, recording.no_values = others
+        recording.loop, self._kept = None, ()
+        for step in self._steps if kind is None else ():
+            template.place(recording, step)

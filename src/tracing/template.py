@@ -1,0 +1,167 @@
+"""Owns `Template`: recorded operations that are put into a graph again, for other steps and prompts.
+
+A loop over steps and an edit of a model are both one: they are recorded once, and put into the graph as
+often as they apply. So planner and run know neither of them. What depends on the step or on the prompt
+stands in a template as an operation of its own, in whose place its answer is put: `STEP`, `TOKENS`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from .errors import InputError
+from .graph import Box, Graph, Series, arguments
+from .node import CALL, READ, WRITE, HookPoint, Node
+from .operations import PASSED, PUT, SETITEM, TOKENS, Operation
+from .proxy import CONSTANT, Proxy, current_node
+from .recording import Recording
+from .structure import map_leaves
+
+#: The step for which a template is placed.
+STEP = Operation("step", lambda: None)
+
+Spot = tuple[int, HookPoint]
+
+
+@dataclasses.dataclass(slots=True)
+class Template:
+    """Operations that were recorded once.
+
+    Attributes:
+        nodes: in recorded order; what they use of the graph around them comes before them.
+        writes: the last write at each place.
+        kinds: the kind of proxy of each place that was named.
+        saves: saved nodes, and the lists that their values go to.
+        step: the step at which it was recorded.
+        needs_grad: a captured tensor requires grad.
+        lasting: an edit, which applies to every step that has the tokens that it names.
+    """
+
+    nodes: list[Node]
+    writes: dict[Spot, Node]
+    kinds: dict[Spot, type[Proxy]]
+    saves: list[tuple[Node, Series]] = dataclasses.field(default_factory=list)
+    step: int = 0
+    needs_grad: bool = False
+    lasting: bool = False
+
+    @classmethod
+    def of(cls, recording: Recording, nodes: list[Node], step: int = 0) -> Template:
+        """What a recording holds of places and writes, with the nodes that belong to it."""
+        graph = recording.graph
+        kinds = {spot: type(proxy) for spot, proxy in recording.current.items()}
+        return cls(nodes, dict(graph.writes), kinds, step=step, needs_grad=graph.needs_grad)
+
+    def place(self, recording: Recording, step: int, invoke: int | None = None) -> None:
+        """Put it into the graph of `recording`.
+
+        Args:
+            step: the forward that it is for.
+            invoke: the invoke; None for that of each operation.
+
+        Raises:
+            InputError: the prompt does not have the tokens that it names.
+        """
+        graph, shift = recording.graph, step - self.step
+        values = self._place_nodes(recording, step, shift, invoke)
+        for (owner, point), write in self.writes.items():
+            before = write.args[0]
+            node = values.get(before.index, before)
+            if node is None:
+                continue
+            spot = (owner if invoke is None else invoke, _shifted(point, shift))
+            graph.writes[spot] = _copy(graph, write, spot[1], (node,), {}, spot[0])
+            kind = self.kinds.get((owner, point))
+            if kind is not None:
+                recording.current[spot] = kind(recording, node, spot)
+        for node, series in self.saves:
+            part = Box(len(graph.saves))
+            series.parts.append(part)
+            graph.saves.append((values[node.index], part))
+        graph.needs_grad = graph.needs_grad or self.needs_grad
+
+    def _place_nodes(
+        self, recording: Recording, step: int, shift: int, invoke: int | None
+    ) -> dict[int, Any]:
+        """What each node has become, by its old index: a node or an index; None if it has no value."""
+        graph = recording.graph
+        values: dict[int, Any] = {}
+
+        def swap(leaf: Any) -> Any:
+            return values.get(leaf.index, leaf) if type(leaf) is Node else leaf
+
+        for node in self.nodes:
+            owner, target = node.invoke if invoke is None else invoke, node.target
+            if node.kind == WRITE:
+                continue
+            if node.kind == READ:
+                spot = (owner, _shifted(target, shift))
+                known = recording.current.get(spot)
+                if known is None:
+                    new = _copy(graph, node, spot[1], (), {}, owner)
+                    kind = self.kinds.get((node.invoke, target), Proxy)
+                    known = recording.current[spot] = kind(recording, new, spot)
+                values[node.index] = current_node(known)
+                continue
+            if any(values.get(a.index, a) is None for a in arguments(node)):
+                # A change of tokens that are not there changes nothing.
+                first = node.args[0] if target is PUT or target is SETITEM else None
+                values[node.index] = None if first is None else values.get(first.index, first)
+                continue
+            args, kwargs = map_leaves(swap, node.args), map_leaves(swap, node.kwargs)
+            if target is STEP:
+                values[node.index] = _copy(graph, node, CONSTANT, (step, None), {}, owner)
+            elif target is TOKENS and not recording.lasting:
+                values[node.index] = self._index(recording, args, step)
+            else:
+                if target is PASSED:
+                    spot = (owner, _shifted(args[1], shift))
+                    args = (args[0], spot[1])
+                    recording.current[spot] = Proxy(recording, args[0], spot)
+                new = values[node.index] = _copy(graph, node, target, args, kwargs, owner)
+                if target is PASSED:
+                    graph.passed[spot] = new
+        return values
+
+    def _index(self, recording: Recording, args: tuple[Any, ...], step: int) -> Any:
+        try:
+            return recording.ask().token_index(args[0], args[1])
+        except InputError:
+            if self.lasting and step:
+                return None
+            raise
+
+
+def _copy(
+    graph: Graph, node: Node, target: Any, args: Any, kwargs: dict[str, Any], invoke: int
+) -> Node:
+    nodes = graph.nodes
+    new = Node(len(nodes), node.kind, target, args, kwargs, invoke, node.file, node.line)
+    nodes.append(new)
+    return new
+
+
+def _shifted(point: Any, shift: int) -> Any:
+    return point if point.port == "result" else point._replace(step=point.step + shift)
+
+
+def pass_through(recording: Recording, point: HookPoint, value: Any) -> Proxy:
+    """Make `value` what is at a place of an attached module; what uses the result uses what is there
+    in the end.
+
+    Args:
+        value: a proxy, or a container of proxies.
+    """
+    graph, invoke = recording.graph, recording.invoke
+    if recording.step:
+        point = point._replace(step=recording.step)
+    while (invoke, point) in graph.passed:
+        point = point._replace(call=point.call + 1)
+    node = current_node(value) if isinstance(value, Proxy) else None
+    if node is None:
+        node = graph.append(CALL, CONSTANT, (value, None), None, invoke)
+    spot = (invoke, point)
+    recording.current[spot] = Proxy(recording, node, spot)
+    graph.passed[spot] = graph.append(CALL, PASSED, (node, point), None, invoke)
+    return Proxy(recording, graph.passed[spot])
