@@ -16,6 +16,7 @@ from ..tracing.errors import BlockError, OperationError, UnknownModuleError
 from ..tracing.node import MODULE, PARAMETER, HookPoint
 from ..tracing.proxy import BlockOutput, Proxy, assign, first_argument, record_node, write_in
 from ..tracing.structure import leaves
+from .attached import open_recording, record
 from .source import SourceEnvoy
 from .tree import tree_html
 
@@ -38,6 +39,7 @@ class Root(Protocol):
     """What an envoy needs of the model it belongs to."""
 
     _envoys: dict[str, Envoy]
+    _held: Any  # the same for a model and its edited views
 
     def submodule(self, path: str) -> torch.nn.Module:
         """The module at a path: the real one if it is loaded, else its skeleton."""
@@ -53,6 +55,16 @@ class Root(Protocol):
 
     def alias(self, module: torch.nn.Module, name: str) -> Alias | None:
         """What the architecture declares under that name on such a module."""
+
+    def attached(self, path: str) -> torch.nn.Module | None:
+        """The attached module at a path, or the module inside an attached one."""
+
+    def attach(self, path: str, name: str, module: torch.nn.Module | None) -> None:
+        """Attach a module under a name below a path; None takes it away.
+
+        Raises:
+            OperationError: the name is taken, or nothing is attached there.
+        """
 
 
 class Envoy:
@@ -77,7 +89,8 @@ class Envoy:
         tracer = current_tracer()
         if tracer is None:
             raise BlockError.outside(str(what))
-        if tracer.model is not self._root:
+        # In a block of an edited model, the names of the model itself mean the edited one.
+        if tracer.model._held is not self._root._held:
             raise BlockError.other_model(self._path)
         return tracer
 
@@ -86,8 +99,8 @@ class Envoy:
         # Written out, as this runs for every place that a block names.
         tracer = current_block.get()
         if tracer is None or tracer.model is not self._root:
-            self._tracer(point)
-        recording = tracer.recording  # type: ignore[union-attr]
+            tracer = self._tracer(point)
+        recording = tracer.recording
         invoke = recording.invoke
         if invoke < 0:
             raise BlockError.no_invoke(str(point))
@@ -173,7 +186,7 @@ class Envoy:
             if isinstance(leaf, Proxy) and leaf._recording.state == "open":
                 return record_node(leaf._recording, MODULE, self._path, args, kwargs)
         tracer = current_tracer()
-        if tracer is not None and tracer.model is self._root:
+        if tracer is not None and tracer.model._held is self._root._held:
             return record_node(tracer.recording, MODULE, self._path, args, kwargs)
         self._root.load()
         return self._root.submodule(self._path)(*args, **kwargs)
@@ -194,12 +207,14 @@ class Envoy:
         child = module._modules.get(name)
         if child is not None:
             return self._child(path, child)
+        if root.attached(path) is not None:
+            return self._attached(path)
         alias = root.alias(module, name)
         if alias is not None:
             return AliasEnvoy(self, alias)
         if name in module._parameters or name in module._buffers:
             tracer = current_tracer()
-            if tracer is not None and tracer.model is root:
+            if tracer is not None and tracer.model._held is root._held:
                 return record_node(tracer.recording, PARAMETER, path, (), {})
         try:
             return getattr(module, name)
@@ -209,18 +224,30 @@ class Envoy:
             raise UnknownModuleError.child(self._path, kind, name, known) from None
 
     def _child(self, path: str, module: torch.nn.Module) -> Envoy:
+        if self._root.attached(path) is not None:
+            return self._attached(path)
         kind = BlockOutput if self._root.is_block(module) else Proxy
         envoy = self._root._envoys[path] = Envoy(self._root, path, kind)
+        return envoy
+
+    def _attached(self, path: str) -> Envoy:
+        envoy = self._root._envoys[path] = AttachedEnvoy(self._root, path)
         return envoy
 
     def __setattr__(self, name: str, value: Any) -> None:
         try:
             object.__setattr__(self, name, value)
         except AttributeError:
+            if isinstance(value, torch.nn.Module):
+                self._root.attach(self._path, name, value)
+                return
             raise OperationError(
                 f"`{name}` of `{self._path or 'the model'}` cannot be assigned: write "
-                "`.output`, `.input` or `.inputs` of it inside a block."
+                "`.output`, `.input` or `.inputs` of it inside a block. A module can be attached."
             ) from None
+
+    def __delattr__(self, name: str) -> None:
+        self._root.attach(self._path, name, None)
 
     def get(self, path: str) -> Envoy:
         """The module at a dotted path below this one, also one that is called `output`.
@@ -233,6 +260,9 @@ class Envoy:
             below = f"{envoy._path}.{name}" if envoy._path else name
             module = self._root.submodule(envoy._path)
             child = module._modules.get(name)
+            if child is None and self._root.attached(below) is not None:
+                envoy = self._root._envoys.get(below) or envoy._attached(below)
+                continue
             if child is None:
                 raise UnknownModuleError.child(
                     envoy._path, type(module).__name__, name, module._modules
@@ -286,6 +316,47 @@ class Envoy:
 
     def _repr_html_(self) -> str:
         return tree_html(self._root.submodule(self._path), self._path)
+
+
+class AttachedEnvoy(Envoy):
+    """A module that the user attached, `model.transformer.h[0].sae = SAE()`, or one inside it.
+
+    Calling it on values of a block records what it does. From there on, what it and the modules inside
+    it take and give is read and edited as everywhere: what is written there goes on through it.
+    """
+
+    __slots__ = ()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Apply the module: to proxies inside a block, recorded; to tensors otherwise."""
+        module = self._root.submodule(self._path)
+        if open_recording(args, kwargs) is None:
+            return module(*args, **kwargs)
+        return record(module, self._path, args, kwargs)
+
+    def _read(self, point: HookPoint, kind: type[Proxy]) -> Proxy:
+        recording = self._tracer(point).recording
+        place = (recording.invoke, point._replace(step=recording.step))
+        found: Proxy | None = recording.current.get(place)
+        if found is None:
+            raise BlockError.not_called(str(point))
+        return found
+
+    def skip(self, value: Any) -> None:
+        """Not for attached modules: what they give can be assigned."""
+        raise OperationError(f"`{self._path}` is attached: do not call it, or assign `.output`.")
+
+    @property
+    def source(self) -> SourceEnvoy:
+        raise OperationError(f"`{self._path}` is attached: its own text tells what it does.")
+
+    functions = source
+
+    def _find(self, name: str, path: str) -> Any:
+        module = self._root.submodule(self._path)
+        if name in module._parameters or name in module._buffers:
+            return getattr(module, name)
+        return super()._find(name, path)
 
 
 class Calls:

@@ -141,7 +141,9 @@ class Shapes:
     def sizes(self, node: Node) -> list[int | None]:
         """The sizes of a tensor; None where they are those of the prompts."""
         if self._open is None:
-            self._open = [self._sized(batch, tokens) for batch, tokens in SIZES]
+            # No shorter than the prompts, whose tokens may be named.
+            width = max((p.width for p in self._prompts(node)), default=0)
+            self._open = [self._sized(batch, width + tokens) for batch, tokens in SIZES]
         first, second = (trial.value(node).shape for trial in self._open)
         return [a if a == b else None for a, b in zip(first, second, strict=True)]
 

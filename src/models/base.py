@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import logging
+import os
 import threading
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
@@ -38,6 +39,7 @@ from ..intervention import (
 from ..intervention.rows import bytes_each
 from ..intervention.source import InnerOperation
 from ..tracing.context import Tracer, current_tracer
+from ..tracing.edit import Edit
 from ..tracing.errors import (
     BlockError,
     LoadError,
@@ -48,6 +50,9 @@ from ..tracing.errors import (
 from ..tracing.node import Node
 from ..tracing.session import Session
 from ..tracing.structure import ATOMS, leaves, map_leaves
+from ..tracing.template import Template
+from . import edits
+from .edits import Held
 from .execution import Execution, free_memory, settings_of
 from .explain import Explanation, explain
 from .facts import BlockFacts
@@ -100,8 +105,9 @@ class Model(Envoy):
         if compiled is not None:
             raise LoadError.compiled(compiled)
         super().__init__(self, "")
-        self._module: torch.nn.Module | None = module
-        self._skeleton: torch.nn.Module | None = None
+        self._held = Held()
+        self._module = module
+        self._edits: Template | None = None
         self._set_up()
 
     def _set_up(self) -> None:
@@ -119,6 +125,22 @@ class Model(Envoy):
         self._lock = lock_of(self._module)
 
     # ---------------------------------------------------------------- the module
+
+    @property
+    def _module(self) -> torch.nn.Module | None:
+        return self._held.module
+
+    @_module.setter
+    def _module(self, module: torch.nn.Module | None) -> None:
+        self._held.module = module
+
+    @property
+    def _skeleton(self) -> torch.nn.Module | None:
+        return self._held.skeleton
+
+    @_skeleton.setter
+    def _skeleton(self, module: torch.nn.Module | None) -> None:
+        self._held.skeleton = module
 
     @property
     def loaded(self) -> bool:
@@ -152,6 +174,10 @@ class Model(Envoy):
 
     def submodule(self, path: str) -> torch.nn.Module:
         module = self._module if self._module is not None else self.skeleton()
+        if path and self._held.attached:
+            found = self._held.find(path)
+            if found is not None:
+                return found
         return at_path(module, path) if path else module
 
     def is_block(self, module: torch.nn.Module) -> bool:
@@ -159,6 +185,62 @@ class Model(Envoy):
 
     def alias(self, module: torch.nn.Module, name: str) -> Alias | None:
         return None
+
+    # ---------------------------------------------------------------- edits
+
+    def edit(self, inplace: bool = False) -> Edit:
+        """Record lasting changes: `with model.edit() as edited:`. Blocks of `edited` have them, for
+        each of their prompts and, in a generation, at every step; the model itself stays as it is.
+
+        Args:
+            inplace: change this model; `clear_edits` takes the changes back.
+
+        Raises:
+            ShapeError: something written does not fit; the message names the line.
+        """
+        return edits.record(self, inplace)
+
+    def clear_edits(self) -> None:
+        """Take all edits of this model back. Other views keep theirs."""
+        self._edits = None
+
+    def save_edits(self, file: str | os.PathLike[str]) -> None:
+        """Write the edits to one file: operations and tensors, no code.
+
+        Raises:
+            EditError: there are none.
+            WireError: they hold a Python function, which cannot be sent.
+        """
+        edits.save(self, file)
+
+    def load_edits(self, file: str | os.PathLike[str]) -> None:
+        """Add the edits of a file to this model's own.
+
+        Raises:
+            EditError: they do not fit this model; it is left as it was.
+            WireError: the file is damaged, or holds what no graph may hold.
+        """
+        edits.load(self, file)
+
+    def edits(self) -> Template | None:
+        """The edits, as they are placed for each prompt."""
+        return self._edits
+
+    def sample(self) -> Any:
+        """A prompt by which an edit knows shapes, if one can be had without an example."""
+        return None
+
+    def attached(self, path: str) -> torch.nn.Module | None:
+        return self._held.find(path) if self._held.attached else None
+
+    def attach(self, path: str, name: str, module: torch.nn.Module | None) -> None:
+        edits.attach(self, path, name, module)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, torch.nn.Module) and not name.startswith("_"):
+            self.attach("", name, value)
+        else:
+            object.__setattr__(self, name, value)
 
     # ---------------------------------------------------------------- structure, for shapes
 

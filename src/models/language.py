@@ -293,6 +293,10 @@ class LanguageModel(Model):
                     f"the forward of {kind} has no input `{name}`. {near(name, known)}"
                 )
 
+    def sample(self) -> TextPrompt:
+        # Long, so that it has the tokens that an edit names.
+        return self.prepare(([0] * min(self._reader.limit or 997, 997),), {})
+
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TextPrompt:
         return self._reader.read(args, kwargs)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -11,9 +12,10 @@ from ..intervention import Plan, Shapes
 from ..intervention.rows import Misfit, Opaque, fit
 from ..tracing.context import Tracer
 from ..tracing.errors import NotRunError, ScheduleError, ShapeError
-from ..tracing.graph import arguments
+from ..tracing.graph import Graph, arguments
 from ..tracing.node import READ, WRITE, Node
 from ..tracing.structure import leaves, map_leaves
+from ..tracing.template import Template
 
 
 class Scanned(Protocol):
@@ -29,6 +31,8 @@ class Scanned(Protocol):
 
     def paths(self, modules: Any) -> list[str]: ...
 
+    def edits(self) -> Template | None: ...
+
 
 class Scan:
     """Ends a block by evaluating what it recorded on meta tensors."""
@@ -36,6 +40,7 @@ class Scan:
     def __init__(self, model: Scanned) -> None:
         self._model = model
         self.prepare, self.oracle, self.explain = model.prepare, model.oracle, model.explain
+        self.edits = model.edits
 
     def paths(self, modules: Any) -> list[str]:
         return self._model.paths(modules)
@@ -57,21 +62,11 @@ class Scan:
         graph, shapes = tracer.graph, self._model.oracle(tracer)
         unknown: dict[int, NotRunError] = {}
         result = None
-        for node in graph.nodes:
-            reason = next((unknown[a.index] for a in arguments(node) if a.index in unknown), None)
-            if reason is None:
-                try:
-                    value = shapes.value(node)
-                except (NotRunError, DataDependentOutputException):
-                    # What the numbers decide is left to the run.
-                    reason = NotRunError.on_demand("scan", node.describe(), node.location)
+        for node, value, reason in check(graph, shapes):
             if reason is not None:
                 unknown[node.index] = reason
-                continue
-            if node.kind == READ and not node.target.path and node.target.port == "output":
+            elif node.kind == READ and not node.target.path and node.target.port == "output":
                 result = _meta(value)
-            if node.kind == WRITE:
-                _check(node, _at(shapes, node), value)
         for node, box in graph.saves:
             box.error = unknown.get(node.index)
             if box.error is None:
@@ -82,6 +77,29 @@ class Scan:
                 else:
                     box.value, box.full = _meta(value), True
         return result
+
+
+def check(graph: Graph, shapes: Shapes) -> Iterator[tuple[Node, Any, NotRunError | None]]:
+    """Every node with its value without numbers, or with the reason why there is none.
+
+    Raises:
+        ShapeError: a written value does not fit.
+    """
+    unknown: dict[int, NotRunError] = {}
+    for node in graph.nodes:
+        reason = next((unknown[a.index] for a in arguments(node) if a.index in unknown), None)
+        value = None
+        if reason is None:
+            try:
+                value = shapes.value(node)
+            except (NotRunError, DataDependentOutputException):
+                # What the numbers decide is left to the run.
+                reason = NotRunError.on_demand("scan", node.describe(), node.location)
+        if reason is not None:
+            unknown[node.index] = reason
+        elif node.kind == WRITE and node.target.port in ("inputs", "output"):
+            _check(node, _at(shapes, node), value)
+        yield node, value, reason
 
 
 def _at(shapes: Shapes, write: Node) -> Any:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .cache import CACHED
+from .node import HookPoint
 from .operations import (
     AGAIN,
     APPLY,
@@ -30,9 +31,11 @@ from .operations import (
     GETITEM,
     METHODS,
     OPERATORS,
+    PASSED,
     PUT,
     SETITEM,
     TAKE,
+    TOKENS,
     VIEW,
     Operation,
     function_operation,
@@ -90,6 +93,8 @@ _OWN = {
     "apply": APPLY,
     "backward": BACKWARD,
     "cached": CACHED,
+    "tokens": TOKENS,
+    "passed": PASSED,
 }
 
 
@@ -212,6 +217,7 @@ _VALUE = _Kind("a value", lambda value: not isinstance(value, Operation) and not
 _NAME = _Kind("the name of a public field", is_public_name)
 _NUMBER = _Kind("an integer", lambda value: type(value) is int)
 _VIEW = _Kind("a view", lambda value: isinstance(value, Operation) and value.effect is VIEW)
+_PLACE = _Kind("a place of a module", lambda value: type(value) is HookPoint)
 _TUPLE = _Kind("a tuple", lambda value: type(value) is tuple)
 _NAMED = _Kind("a dict", lambda value: type(value) is dict)
 # What runs for a method that changes its tensor works on a copy; `apply` would run it as it is.
@@ -232,6 +238,8 @@ _ARGUMENTS: dict[Operation, tuple[_Kind, ...]] = {
     AGAIN: (_VALUE, _VALUE, _VIEW, _TUPLE, _NAMED),
     BACKWARD: (_VALUE, _VALUE, _VALUE),
     CACHED: (_VALUE, _VALUE, _VALUE),
+    TOKENS: (_VALUE, _VALUE, _NUMBER),
+    PASSED: (_VALUE, _PLACE),
 }
 #: Those of them that take further arguments by name.
 _OPTIONS = {BACKWARD: {"retain_graph", "create_graph"}}

@@ -20,6 +20,7 @@ from .proxy import Proxy
 from .recording import ABANDONED, DONE, FAILED, OPEN, RUNNING, Oracle, Recording
 from .steps import Iter, Steps
 from .structure import leaves
+from .template import Template
 
 
 class Block:
@@ -67,6 +68,9 @@ class Backend(Protocol):
 
     def most_steps(self, tracer: Tracer, prompt: Any) -> int:
         """How many forwards a generation can have at most."""
+
+    def edits(self) -> Template | None:
+        """The lasting changes of the model, for every prompt."""
 
     def explain(self, tracer: Tracer) -> Any:
         """A text about the plan of the block."""
@@ -176,6 +180,7 @@ class Tracer(Block):
         if args or prompt_kwargs:
             prompt = backend.prepare(args, prompt_kwargs)
             self._implicit = self._append(prompt, self.location)
+            self._place_edits(self._implicit)
 
     def _append(self, prompt: Any, location: Location) -> Invoker:
         invoker = Invoker(self.recording, self.generates, len(self.invokes), prompt, location)
@@ -204,8 +209,19 @@ class Tracer(Block):
             raise BlockError.closed("invoke")
         if self.recording.invoke >= 0:
             raise BlockError.has_input() if self._implicit else BlockError.nested()
-        prompt = self._backend.prepare(args, kwargs) if args or kwargs else None
-        return self._append(prompt, user_line(2))
+        if not args and not kwargs:
+            return self._append(None, user_line(2))
+        invoker = self._append(self._backend.prepare(args, kwargs), user_line(2))
+        self._place_edits(invoker)
+        return invoker
+
+    def _place_edits(self, invoker: Invoker) -> None:
+        """Record the lasting changes of the model for a new prompt."""
+        edits = self._backend.edits()
+        if edits is not None:
+            most = self._backend.most_steps(self, invoker.prompt) if self.generates else 1
+            for step in range(most):
+                edits.place(self.recording, step, invoker.index)
 
     @property
     def output(self) -> Any:
@@ -245,7 +261,12 @@ class Tracer(Block):
         Returns:
             Text that shows itself in a notebook; `print(tracer.explain())` elsewhere.
         """
+        self._settle()
         return self._backend.explain(self)
+
+    def _settle(self) -> None:
+        if self.graph.passed and self.graph.settle():
+            self.recording.known = None  # by numbers that the nodes no longer have
 
     def scans(self, backend: Backend) -> None:
         """Let another backend end this block, which has no values."""
@@ -259,6 +280,7 @@ class Tracer(Block):
         try:
             if self.recording.session is not None:
                 _compute_earlier(self.graph, node)
+            self._settle()
             return self._backend.demand(self, node)
         finally:
             current_block.reset(token)
@@ -401,6 +423,7 @@ class Tracer(Block):
         recording.invoke = -1
         recording.state = RUNNING
         try:
+            self._settle()
             self._result = self._backend.execute(self)
             recording.close(DONE)
         finally:

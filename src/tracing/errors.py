@@ -129,6 +129,13 @@ class BlockError(GraftworkError):
         )
 
     @classmethod
+    def not_called(cls, place: str) -> BlockError:
+        return cls(
+            f"`{place}` is a place of an attached module, which is not called before this line. Call "
+            "it on a value of the block, or use the model that an edit with such a call has given."
+        )
+
+    @classmethod
     def saves_in_edit(cls, what: str) -> BlockError:
         return cls(
             f"{what} was saved in an edit, which has no prompt of its own. Save it in a block of the "
@@ -471,6 +478,14 @@ class WireError(GraftworkError, ValueError):
     @classmethod
     def content(cls, where: str, reason: str) -> WireError:
         return cls(f"{where} of the graph is refused: {reason}. Nothing of it was run.")
+
+
+class EditError(GraftworkError):
+    """Edits of a model cannot be kept, or do not fit a model."""
+
+    @classmethod
+    def misfit(cls, file: str, of: str, own: str, reason: str) -> EditError:
+        return cls(f"The edits in `{file}` were saved on {of} and do not fit this {own}: {reason}")
 
 
 class DrawError(GraftworkError):

@@ -766,11 +766,17 @@ def assign(recording: Recording, proxy: Proxy, value: Any) -> None:
     recording.current[place] = type(proxy)(recording, node, place)
 
 
-def write_in(recording: Recording, hook_point: HookPoint, value: Any) -> None:
-    """`module.skip(value)`: what is to be at a place that is only written."""
+def node_of(recording: Recording, value: Any) -> Node:
+    """A node for any value: that of a proxy, or one that gives a container or a constant."""
     node = _lower(recording, value)
     if type(node) is not Node:
         node = recording.graph.append(CALL, CONSTANT, (node, None), None, recording.invoke)
+    return node
+
+
+def write_in(recording: Recording, hook_point: HookPoint, value: Any) -> None:
+    """`module.skip(value)`: what is to be at a place that is only written."""
+    node = node_of(recording, value)
     place = (recording.invoke, hook_point)
     _write(recording, place, node)
     recording.current[place] = Proxy(recording, node, place)

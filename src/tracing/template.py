@@ -14,7 +14,7 @@ from .errors import InputError
 from .graph import Box, Graph, Series, arguments
 from .node import CALL, READ, WRITE, HookPoint, Node
 from .operations import PASSED, PUT, SETITEM, TOKENS, Operation
-from .proxy import CONSTANT, Proxy, current_node
+from .proxy import CONSTANT, Proxy, current_node, node_of
 from .recording import Recording
 from .structure import map_leaves
 
@@ -158,9 +158,7 @@ def pass_through(recording: Recording, point: HookPoint, value: Any) -> Proxy:
         point = point._replace(step=recording.step)
     while (invoke, point) in graph.passed:
         point = point._replace(call=point.call + 1)
-    node = current_node(value) if isinstance(value, Proxy) else None
-    if node is None:
-        node = graph.append(CALL, CONSTANT, (value, None), None, invoke)
+    node = node_of(recording, value)
     spot = (invoke, point)
     recording.current[spot] = Proxy(recording, node, spot)
     graph.passed[spot] = graph.append(CALL, PASSED, (node, point), None, invoke)
