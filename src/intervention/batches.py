@@ -9,7 +9,7 @@ kept output. Everything from that output on belongs to the variant.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Container, Hashable, Iterable, Sequence
 
 from ..tracing.errors import OrderError
 from ..tracing.graph import Graph, arguments
@@ -176,13 +176,19 @@ def first_written_blocks(
     schedule: Schedule,
     invokes: Iterable[int],
     more: set[tuple[int, HookPoint]],
+    lasting: Container[tuple[int, HookPoint]],
 ) -> dict[int, int]:
-    """How many blocks of the chain lie before the first write of each invoke; all without a write."""
+    """How many blocks of the chain lie before the first write of each invoke; all without a write.
+
+    Writes of lasting edits do not count: they are the same for all.
+    """
     visits = [schedule.visits[path, "output", 0] for path in schedule.chain]
     ends = [visit.order for visit in visits]
     found = dict.fromkeys(invokes, len(ends))
     for (invoke, hook_point), node in graph.writes.items():
         if invoke not in found or not live[node.index] or hook_point.port == "result":
+            continue
+        if (invoke, hook_point) in lasting:
             continue
         at = position(hook_point, schedule)
         # A write at a block's own output leaves the block itself as it is.
@@ -212,8 +218,9 @@ def reuse(
         identity = facts.identity(invoke)
         if identity is not None and len(group[invoke]) == 1 and invoke not in alone:
             classes.setdefault(identity, []).append(invoke)
-    written = {invoke for (invoke, _), node in graph.writes.items() if live[node.index]}
-    starts = first_written_blocks(graph, live, schedule, invokes, more)
+    lasting = graph.lasting_writes() if graph.lasting else {}
+    written = {s[0] for s, node in graph.writes.items() if live[node.index] and s not in lasting}
+    starts = first_written_blocks(graph, live, schedule, invokes, more, lasting)
     for members in classes.values():
         plain = [invoke for invoke in members if invoke not in written]
         variants = [invoke for invoke in members if invoke in written and starts[invoke]]
@@ -413,6 +420,35 @@ def answered(graph: Graph, schedule: Schedule, read: Node, start: int) -> bool:
         return False
     boundary = (0, schedule.visits[schedule.chain[start - 1], "output", 0].order)
     return at < boundary or (at == boundary and (read.invoke, read.target) not in graph.writes)
+
+
+def in_base(schedule: Schedule, point: HookPoint, start: int) -> bool:
+    """True if a write at a place comes before a variant that skips `start` blocks."""
+    at = position(point, schedule)
+    return at is not None and at < (
+        0,
+        schedule.visits[schedule.chain[start - 1], "output", 0].order,
+    )
+
+
+def repeated(graph: Graph, passes: list[Pass], schedule: Schedule) -> set[int]:
+    """Writes of lasting edits, by node index, that a base pass does already for the same input."""
+    lasting, found = graph.lasting_writes(), set[int]()
+    starts = {invoke: start for one in passes for invoke, start in one.starts.items()}
+    for one in passes:
+        if not one.base:
+            continue
+        stands = {**{invoke: invoke for invoke in one.invokes}, **one.shared}
+        done: set[tuple[int, HookPoint]] = set()
+        for invoke, point in lasting:
+            if invoke not in stands:
+                continue
+            if invoke in starts and not in_base(schedule, point, starts[invoke]):
+                continue
+            if (stands[invoke], point) in done:
+                found.add(graph.writes[invoke, point].index)
+            done.add((stands[invoke], point))
+    return found
 
 
 def _served_by_base(

@@ -14,7 +14,7 @@ from ..tracing.errors import BlockError, ScheduleError
 from ..tracing.graph import Graph, arguments
 from ..tracing.node import CALL, READ, WRITE, Node
 from ..tracing.operations import GETITEM
-from .batches import answered, arrange
+from .batches import answered, arrange, in_base, repeated
 from .order import edges
 from .plan import Arrival, Facts, Pass, Plan, Settings
 from .schedule import Schedule
@@ -50,6 +50,11 @@ def plan(graph: Graph, prompted: Sequence[int], facts: Facts, settings: Settings
         )
         if together is not None and len(passes) > 1:
             raise BlockError.whole_batch(together.location, len(passes))
+    if graph.lasting and known is not None and any(one.base for one in passes):
+        for index in repeated(graph, passes, known):
+            live[index] = 0
+        live = needed(graph, live)
+        users = users_of(graph, live)
     result = Plan(live, users, passes, known.chain if known else (), settings)
     if any(is_skip(point) for _, point in graph.writes):
         known = known or _measured(facts)
@@ -71,6 +76,12 @@ def _measured(facts: Facts) -> Schedule | None:
 def dead_code(graph: Graph, settings: Settings) -> bytearray:
     """1 for each node that runs."""
     return graph.live() if settings.dead_code else bytearray(b"\1") * len(graph.nodes)
+
+
+def needed(graph: Graph, live: bytearray) -> bytearray:
+    """`live` without what only writes need that it does not have."""
+    alive = graph.live([node for node in graph.writes.values() if live[node.index]])
+    return bytearray(a & b for a, b in zip(alive, live, strict=True))
 
 
 def users_of(graph: Graph, live: bytearray) -> list[list[Node] | None]:
@@ -118,14 +129,13 @@ def place_arrivals(graph: Graph, plan: Plan, schedule: Schedule | None) -> None:
             continue  # autograd brings it, not the forward
         one = home.get(invoke) or base.get(invoke) or plan.passes[0]
         start = one.starts.get(invoke, 0)
-        if (
-            start
-            and invoke in base
-            and schedule is not None
-            and node.kind == READ
-            and answered(graph, schedule, node, start)
-        ):
-            one = base[invoke]
+        if start and invoke in base and schedule is not None:
+            if node.kind == READ:
+                before = answered(graph, schedule, node, start)
+            else:
+                before = node.index in graph.lasting and in_base(schedule, target, start)
+            if before:
+                one = base[invoke]
         arrival = one.arrivals.get(target)
         if arrival is None:
             arrival = one.arrivals[target] = Arrival(target, [], [])

@@ -130,7 +130,7 @@ class Run:
                 if not needed:
                     self._ready.append(node.index)
         self._kept: list[int] = []  # bound since the last arrival, and maybe still needed
-        self._unwritten = {node.index for node in graph.writes.values()}
+        self._unwritten = {n.index for n in graph.writes.values() if plan.live[n.index]}
         self._extents: dict[int, tuple[int, int]] = {}
         self._members: set[int] = set()
         self._shared: dict[int, int] = {}

@@ -149,6 +149,8 @@ def load(model: Any, file: str | os.PathLike[str]) -> None:
     attached = _places(graph, model, str(file), of)
 
     def kind(path: str) -> type[Proxy]:
+        if any(path == one or path.startswith(f"{one}.") for one in attached):
+            return Proxy
         return BlockOutput if model.is_block(model.submodule(path)) else Proxy
 
     template = Template(graph.nodes, graph.writes, {}, needs_grad=graph.needs_grad, lasting=True)
@@ -181,7 +183,7 @@ def _places(graph: Graph, model: Editable, file: str, of: str) -> dict[str, torc
     """
     inside = {point.path for _, point in graph.passed}
     tree, attached = model.tree(), dict[str, torch.nn.Module]()
-    known = {name for name, _ in tree.named_modules()}
+    known = {name for name, _ in tree.named_modules() if name}
     for path in sorted(inside, key=len):
         if path in known:
             raise EditError.misfit(
@@ -206,14 +208,14 @@ def _places(graph: Graph, model: Editable, file: str, of: str) -> dict[str, torc
             path = node.target
         elif node.kind == PARAMETER:
             path, _, name = node.target.rpartition(".")
-            if path in known and name not in (
+            if (path in known or not path) and name not in (
                 *at_path(tree, path)._parameters,
                 *at_path(tree, path)._buffers,
             ):
                 raise EditError.misfit(file, of, _own(model), f"it has no `{node.target}`")
         else:
             continue
-        if path not in known and path not in inside:
+        if path and path not in known and path not in inside:
             raise EditError.misfit(
                 file, of, _own(model), f"it has no module `{path}`. {near(path, known)}"
             )

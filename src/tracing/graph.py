@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from heapq import heappop, heappush
 from typing import Any
 
@@ -74,6 +74,7 @@ class Graph:
         backwards: the nodes of `backward()`, in recorded order.
         traced: indices of the nodes whose values autograd must pass through.
         passed: what stands for each place of an attached module, for those that use it.
+        lasting: nodes of lasting edits, by index, and which node of the edits each is.
         needs_grad: a captured tensor requires grad.
         fixed_positions: it holds positions of tokens that fit prompts of these lengths alone.
     """
@@ -84,6 +85,7 @@ class Graph:
         "_searched",
         "backwards",
         "fixed_positions",
+        "lasting",
         "needs_grad",
         "nodes",
         "passed",
@@ -104,6 +106,7 @@ class Graph:
         self.backwards: list[Node] = []
         self.traced: set[int] = set()
         self.passed: dict[tuple[int, HookPoint], Node] = {}
+        self.lasting: dict[int, int] = {}
 
     def append(
         self,
@@ -121,12 +124,16 @@ class Graph:
         nodes.append(node)
         return node
 
-    def live(self) -> bytearray:
-        """1 for every node on which a save or a last write depends; the others need not run."""
+    def live(self, writes: Iterable[Node] | None = None) -> bytearray:
+        """1 for every node on which a save or a last write depends; the others need not run.
+
+        Args:
+            writes: the last writes that count; None for all.
+        """
         alive = bytearray(len(self.nodes))
         for index in self.saved():
             alive[index] = 1
-        for node in (*self.writes.values(), *self.backwards):
+        for node in (*(self.writes.values() if writes is None else writes), *self.backwards):
             alive[node.index] = 1
         for node in reversed(self.nodes):
             if alive[node.index] and node.args:
@@ -135,6 +142,20 @@ class Graph:
             elif alive[node.index] and type(node.target) is GradPoint:
                 alive[node.target.node.index] = 1
         return alive
+
+    def lasting_writes(self) -> dict[tuple[int, HookPoint], int]:
+        """The last writes that are those of lasting edits, with nothing of the block in them: alike
+        for alike prompts. Each with its number in the edits."""
+        alike: set[int] = set()
+        for index in sorted(self.lasting):
+            node = self.nodes[index]
+            if all(one.index in alike for one in arguments(node)) and not node.draws:
+                alike.add(index)
+        return {
+            spot: self.lasting[node.index]
+            for spot, node in self.writes.items()
+            if node.index in alike
+        }
 
     def inner_operations(self) -> frozenset[tuple[str, str]]:
         """The operations inside forwards that it names: path of the module, and port."""
@@ -187,10 +208,12 @@ class Graph:
             passed = next(n for n in self.passed.values() if n.args[0] is write.args[0])
             raise OrderError.passes(str(write.target), write.location, passed.location)
         traced = {id(self.nodes[index]) for index in self.traced}
+        lasting = {id(self.nodes[index]): number for index, number in self.lasting.items()}
         for index, node in enumerate(order):
             node.index = index
         self.nodes[:] = order
         self.traced = {node.index for node in order if id(node) in traced}
+        self.lasting = {node.index: lasting[id(node)] for node in order if id(node) in lasting}
         self._searched = 0
 
     def release(self) -> None:
@@ -212,7 +235,7 @@ class Graph:
         graph.nodes, graph.writes = self.nodes, self.writes
         graph.needs_grad, graph.fixed_positions = self.needs_grad, self.fixed_positions
         graph.backwards, graph.traced = self.backwards, self.traced
-        graph.passed = self.passed
+        graph.passed, graph.lasting = self.passed, self.lasting
         for number, index in enumerate(self.saved_in_order()):
             graph.saves.append((self.nodes[index], Box(number)))
         return graph

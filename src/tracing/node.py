@@ -26,6 +26,9 @@ PARAMETER = "parameter"
 #: The value of its one argument replaces what is at a hook point. `target` is a HookPoint.
 WRITE = "write"
 
+# What the names of functions hold that draw random numbers, or may.
+_DRAWS = "apply rand normal uniform dropout bernoulli multinomial exponential poisson".split()
+
 KINDS = frozenset({READ, CALL, MODULE, PARAMETER, WRITE})
 
 _SRC = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -197,6 +200,12 @@ class Node:
         self.invoke = invoke
         self.file = file
         self.line = line
+
+    @property
+    def draws(self) -> bool:
+        """It may draw random numbers, so that it is not the same when it runs again."""
+        name = getattr(self.target, "name", "")
+        return any(word in name for word in _DRAWS)
 
     @property
     def location(self) -> Location:

@@ -64,6 +64,7 @@ class Template:
             InputError: the prompt does not have the tokens that it names.
         """
         graph, shift = recording.graph, step - self.step
+        first = len(graph.nodes)
         values = self._place_nodes(recording, step, shift, invoke)
         for (owner, point), write in self.writes.items():
             before = write.args[0]
@@ -80,6 +81,9 @@ class Template:
             series.parts.append(part)
             graph.saves.append((values[node.index], part))
         graph.needs_grad = graph.needs_grad or self.needs_grad
+        if self.lasting and not step:
+            placed = range(first, len(graph.nodes))
+            graph.lasting.update((index, index - first) for index in placed)
 
     def _place_nodes(
         self, recording: Recording, step: int, shift: int, invoke: int | None
@@ -113,7 +117,7 @@ class Template:
             if target is STEP:
                 values[node.index] = _copy(graph, node, CONSTANT, (step, None), {}, owner)
             elif target is TOKENS and not recording.lasting:
-                values[node.index] = self._index(recording, args, step)
+                values[node.index] = self._index(recording, node, args, step)
             else:
                 if target is PASSED:
                     spot = (owner, _shifted(args[1], shift))
@@ -124,13 +128,13 @@ class Template:
                     graph.passed[spot] = new
         return values
 
-    def _index(self, recording: Recording, args: tuple[Any, ...], step: int) -> Any:
+    def _index(self, recording: Recording, node: Node, args: tuple[Any, ...], step: int) -> Any:
         try:
             return recording.ask().token_index(args[0], args[1])
-        except InputError:
+        except InputError as error:
             if self.lasting and step:
                 return None
-            raise
+            raise InputError(f"{error} Recorded at {node.location}") from None
 
 
 def _copy(
