@@ -48,6 +48,7 @@ class Recording:
         known: what such runs have found, until the block has ended.
         session: the session that the block belongs to.
         caches: what the open invoke records when it ends.
+        around: what `current` is around the loop over steps that is open.
         loop: index of the first node of the loop over steps that is open; None outside.
         lasting: it is an edit: what it records is for prompts that come later.
         looped: there was such a loop, whose own proxies have no single value.
@@ -57,6 +58,7 @@ class Recording:
     """
 
     __slots__ = (
+        "around",
         "backward",
         "caches",
         "compute",
@@ -90,6 +92,7 @@ class Recording:
         self.no_values: str | None = None
         self.loop: int | None = None
         self.looped = self.lasting = False
+        self.around: dict[tuple[int, HookPoint], Any] = {}
         self.caches: list[Any] = []
         self.backward: int | None = None
         self.no_gradients: str | None = None

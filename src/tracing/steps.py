@@ -90,6 +90,7 @@ class Steps:
         self._start = recording.loop = len(graph.nodes)
         recording.looped = True
         recording.step = self._steps[0] if self._steps else 0
+        recording.around = recording.current
         recording.current, graph.writes, graph.saves, graph.passed = {}, {}, [], {}
         recording.no_values = (
             "this block is recorded once for several steps; `for step in tracer.iter[…]` "
@@ -110,6 +111,6 @@ class Steps:
         del graph.nodes[self._start :]
         recording.step, recording.current, graph.writes, graph.saves, *others = self._kept
         graph.passed, recording.no_values = others
-        recording.loop, self._kept = None, ()
+        recording.loop, recording.around, self._kept = None, {}, ()
         for step in self._steps if kind is None else ():
             template.place(recording, step)
