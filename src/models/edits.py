@@ -184,7 +184,8 @@ def _places(graph: Graph, model: Editable, file: str, of: str) -> dict[str, torc
     inside = {point.path for _, point in graph.passed}
     tree, attached = model.tree(), dict[str, torch.nn.Module]()
     known = {name for name, _ in tree.named_modules() if name}
-    for path in sorted(inside, key=len):
+    # Numbers in their order: a sequence is indexed by position.
+    for path in sorted(inside, key=lambda p: [(len(name), name) for name in p.split(".")]):
         if path in known:
             raise EditError.misfit(
                 file,

@@ -685,6 +685,26 @@ def test_edits_are_saved_and_loaded(tiny: Tiny, tmp_path: Path) -> None:
         fresh.transformer.h[1].coder(torch.zeros(1, 128))
 
 
+def test_a_loaded_sequence_has_its_order(tiny: Tiny, tmp_path: Path) -> None:
+    model = tiny.model
+    layers = [nn.Linear(128, 128, bias=False) for _ in range(11)]
+    model.transformer.h[1].stack = nn.Sequential(*layers)
+    with model.edit() as edited:
+        block = model.transformer.h[1]
+        block.output[0][:] = block.stack(block.output[0])
+    edited.save_edits(tmp_path / "edits")
+    fresh: Any = LanguageModel("graftwork/tiny")
+    fresh.load_edits(tmp_path / "edits")
+    with fresh.trace(PROMPT):
+        third = fresh.transformer.h[1].stack[2].output.save()
+        tenth = fresh.transformer.h[1].stack[9].output.save()
+    kept: dict[str, torch.Tensor] = {}
+    tiny.logits(PROMPT, {"transformer.h.1": lambda h: kept.update(h=h.clone())})
+    with torch.no_grad():
+        close(third, nn.Sequential(*layers[:3])(kept["h"]))
+        close(tenth, nn.Sequential(*layers[:10])(kept["h"]))
+
+
 def test_edits_that_do_not_fit_are_refused_and_change_nothing(tiny: Tiny, tmp_path: Path) -> None:
     model, file = tiny.model, tmp_path / "edits"
     with model.edit() as edited:
