@@ -174,6 +174,7 @@ class Plan:
         chain: paths of the blocks that passes may start in.
         settings: what was switched on.
         resume: hidden states of earlier runs of the block, and for later ones.
+        waits: for each backward, what it waits for besides its loss.
         skipped: reads and writes inside what their invoke skips, by index, and the skip.
     """
 
@@ -183,4 +184,5 @@ class Plan:
     chain: tuple[str, ...]
     settings: Settings
     resume: Resume | None = None
+    waits: list[list[Node]] = dataclasses.field(default_factory=list)
     skipped: dict[int, Node] = dataclasses.field(default_factory=dict)

@@ -15,7 +15,7 @@ from ..tracing.graph import Graph, arguments
 from ..tracing.node import CALL, READ, WRITE, Node
 from ..tracing.operations import GETITEM
 from .batches import answered, arrange, in_base, repeated
-from .order import edges
+from .order import awaited, edges
 from .plan import Arrival, Facts, Pass, Plan, Settings
 from .schedule import Schedule
 from .skip import is_skip, skipped_places
@@ -36,7 +36,8 @@ def plan(graph: Graph, prompted: Sequence[int], facts: Facts, settings: Settings
     """
     live = dead_code(graph, settings)
     users = users_of(graph, live)
-    uses = edges(graph, live, facts.schedule) if graph.writes else []
+    waits = awaited(graph, live) if graph.backwards or graph.traced else []
+    uses = edges(graph, live, facts.schedule, waits) if graph.writes else []
     known: Schedule | None = None
     passes: list[Pass] = []
     if len(prompted) == 1:
@@ -55,7 +56,7 @@ def plan(graph: Graph, prompted: Sequence[int], facts: Facts, settings: Settings
             live[index] = 0
         live = needed(graph, live)
         users = users_of(graph, live)
-    result = Plan(live, users, passes, known.chain if known else (), settings)
+    result = Plan(live, users, passes, known.chain if known else (), settings, waits=waits)
     if any(is_skip(point) for _, point in graph.writes):
         known = known or _measured(facts)
         result.skipped = skipped_places(graph, live, prompted, known)

@@ -28,9 +28,10 @@ from ..tracing.errors import (
 from ..tracing.graph import Box, Graph, arguments
 from ..tracing.interpreter import Interpreter
 from ..tracing.node import CALL, READ, WRITE, GradPoint, HookPoint, Node
-from ..tracing.operations import APPLY, BACKWARD, ELEMENT, FIRST_ARGUMENT, IN_PLACE, PUT, VIEW
+from ..tracing.operations import APPLY, DERIVING, ELEMENT, FIRST_ARGUMENT, IN_PLACE, PUT, VIEW
 from ..tracing.structure import leaves, map_leaves, snapshot
 from .causal import complete, trim
+from .order import passed_by
 from .plan import Arrival, Pass, Plan
 from .rows import Change, Misfit, Opaque, Place, fit, narrow, put
 from .schedule import Schedule
@@ -56,6 +57,22 @@ class Site:
     def wanted_after_first(self) -> bool:
         """True if a later step than the first forward is wanted."""
         return any(step > 0 for step, _ in self.wanted)
+
+
+class Same(torch.autograd.Function):
+    """A value as a tensor of its own for autograd, in the same memory.
+
+    No view: operations in place on a view go past the hooks of the view. With an anchor that requires
+    a gradient it requires one, too; so gradients begin in a model with frozen weights.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor, anchor: torch.Tensor | None) -> torch.Tensor:
+        return value.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient, None
 
 
 @dataclasses.dataclass(slots=True)
@@ -143,7 +160,9 @@ class Run:
         self._gradients: dict[int, dict[int, Gradient]] = {}
         self._backward: int | None = None  # the one that runs
         self._postponed: list[int] = []  # backwards that became ready inside another one
-        self._left = len(graph.backwards)
+        self._uses = passed_by(graph, plan) if graph.backwards else []
+        # What backwards are to reach: a copy of it is not what the loss was computed from.
+        self._named = {one.index for node in graph.backwards for one in arguments(node)}
         self._handles: list[Any] = []
         if graph.traced:
             self._want_gradients()
@@ -478,6 +497,9 @@ class Run:
         """`after` in memory that the model may change: no other value and no user holds it."""
         if isinstance(after, torch.Tensor) and self._is_new(write.args[0]):
             return after
+        source = write.args[0]
+        if source.kind == READ and source.target == write.target and source.index in self._traced:
+            return after  # what arrived, as a tensor of its own
         arrived = {id(leaf) for leaf in leaves(before)}
         return map_leaves(
             lambda leaf: (
@@ -515,7 +537,7 @@ class Run:
             return leaf
 
         for index in self._kept:
-            if self.values[index] is not None:
+            if self.values[index] is not None and index not in self._named:
                 self.values[index] = map_leaves(copy, self.values[index])
         self._kept.clear()
 
@@ -560,12 +582,11 @@ class Run:
             node = nodes[heappop(self._ready)]
             if node.target is APPLY:
                 value = self._unheard(self._interpreter.evaluate, node)
-            elif node.target is BACKWARD:
+            elif node.kind == CALL and node.target in DERIVING:
                 if self._backward is not None:
                     self._postponed.append(node.index)
                     continue
-                self._derive(node)
-                value = None
+                value = self._derive(node)
             else:
                 value = self._interpreter.evaluate(node)
             for argument in arguments(node):
@@ -590,41 +611,28 @@ class Run:
                 arrival.reads.append(node)
             elif node.index in self._unwritten:
                 arrival.writes.append(node)
-                if point.backward < len(graph.backwards):
-                    backward = graph.backwards[point.backward]
-                    for read in self._reads_of(node):
-                        known = users[read.index]
-                        users[read.index] = [backward] if known is None else [*known, backward]
-                        self._waiting[backward.index] += 1
-                        self._remaining[read.index] += 1
-
-    def _reads_of(self, write: Node) -> list[Node]:
-        """The places of the forward that a written gradient depends on."""
-        found, seen, stack = [], {write.index}, [write]
-        while stack:
-            node = stack.pop()
-            if node.kind == READ and type(node.target) is HookPoint:
-                found.append(node)
-            for argument in arguments(node):
-                if argument.index not in seen:
-                    seen.add(argument.index)
-                    stack.append(argument)
-        return found
+        for backward, waits in zip(graph.backwards, self.plan.waits, strict=True):
+            for node in waits:
+                known = users[node.index]
+                users[node.index] = [backward] if known is None else [*known, backward]
+                self._waiting[backward.index] += 1
+                self._remaining[node.index] += 1
 
     def _on_path(self, node: Node, value: Any) -> Any:
         """`value` in tensors that autograd passes through.
 
-        In a batch, and where the weights are frozen, the part of a prompt is no tensor of the
-        forward's own computation: then it becomes one by being written back.
+        What arrives may be used elsewhere, too, be the part of a batch, or come from frozen weights.
+        It gets tensors of its own in the computation by being written back: see `_gradient`.
         """
-        apart = node.kind == READ and self.places is not None
 
         def alias(leaf: Any) -> Any:
             if not isinstance(leaf, torch.Tensor) or not leaf.is_floating_point():
                 return leaf
-            if not leaf.requires_grad:
-                return leaf.detach().requires_grad_()
-            return leaf.view_as(leaf) if apart else leaf
+            if leaf.requires_grad and node.kind != READ:
+                return leaf
+            with torch.enable_grad():
+                anchor = None if leaf.requires_grad else torch.zeros((), requires_grad=True)
+                return Same.apply(leaf, anchor)  # type: ignore[no-untyped-call]
 
         value = map_leaves(alias, value)
         wanted = node.index in self._gradients and isinstance(value, torch.Tensor)
@@ -633,15 +641,17 @@ class Run:
             self._handles.append(value.register_hook(hook))
         return value
 
-    def _derive(self, node: Node) -> None:
-        """Run a backward. The memory of the forward is kept while another one is to come."""
-        (loss, gradient, inputs), kwargs = self._interpreter.resolve(node)
-        self._left -= 1
+    def _derive(self, node: Node) -> Any:
+        """Run a backward. The memory of the forward is kept while another one may go through it."""
+        args, kwargs = self._interpreter.resolve(node)
+        number = self._backward = self.graph.backwards.index(node)
+        uses = self._uses[number]
+        self._uses[number] = frozenset()
         if kwargs["retain_graph"] is None:
-            kwargs["retain_graph"] = self._left > 0 or kwargs["create_graph"]
-        self._backward = self.graph.backwards.index(node)
+            shared = any(not uses.isdisjoint(other) for other in self._uses)
+            kwargs["retain_graph"] = shared or kwargs["create_graph"]
         try:
-            BACKWARD.function(loss, gradient, inputs, **kwargs)
+            result = node.target.function(*args, **kwargs)
         except GraftworkError:
             raise
         except Exception as error:
@@ -652,6 +662,11 @@ class Run:
         for index in self._postponed:
             heappush(self._ready, index)
         self._postponed.clear()
+        for one in self.plan.waits[number]:
+            self._remaining[one.index] -= 1
+            if self.plan.settings.memory and not self._remaining[one.index]:
+                self.values[one.index] = None
+        return result
 
     def _gradient_arrives(self, index: int, gradient: torch.Tensor) -> torch.Tensor | None:
         """Take in the gradient of a node's value; return its replacement, or None to leave it.

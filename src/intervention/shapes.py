@@ -158,6 +158,8 @@ class Shapes:
     def _measured(self, node: Node) -> Any:
         """Axes of a value that is a hook point's, or a part of its structure; None for others."""
         if node.kind == READ:
+            if isinstance(node.target, GradPoint):
+                return self._measured(node.target.node)
             return self._schedule(node).axes(node.target)
         if (
             node.kind != CALL

@@ -473,6 +473,11 @@ class Model(Envoy):
             graph.needs_grad = True
         work = self.plan(tracer)
         module = self.load()
+        if graph.backwards and any(
+            child.training and getattr(child, "gradient_checkpointing", False)
+            for child in module.modules()
+        ):
+            raise BlockError.checkpointing()
         if any(one.cut for one in work.passes) and not self.is_causal():
             work = self.plan(tracer, causal=False)
         with self._lock, no_grad(graph):

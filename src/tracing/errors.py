@@ -136,6 +136,21 @@ class BlockError(GraftworkError):
         )
 
     @classmethod
+    def no_backward(cls, what: str, location: Location) -> BlockError:
+        return cls(
+            f"`{what}` needs a backward, and the block has no `loss.backward()` for it. "
+            f"Recorded at {location}"
+        )
+
+    @classmethod
+    def checkpointing(cls) -> BlockError:
+        return cls(
+            "The model computes its activations again in the backward (gradient checkpointing), where "
+            "a block does not see them. Call `model.gradient_checkpointing_disable()`, or "
+            "`module.eval()`."
+        )
+
+    @classmethod
     def saves_in_edit(cls, what: str) -> BlockError:
         return cls(
             f"{what} was saved in an edit, which has no prompt of its own. Save it in a block of the "
@@ -300,6 +315,14 @@ class OrderError(GraftworkError):
         )
 
     @classmethod
+    def gradients(cls, first: Location, second: Location) -> OrderError:
+        return cls(
+            "Backwards wait for each other's gradients, so none can run first.\n"
+            f"  {first}\n  {second}\n"
+            "Save the gradient in a block of its own, or name the backward: `with loss.backward():`."
+        )
+
+    @classmethod
     def passes(cls, place: str, write: Location, passed: Location) -> OrderError:
         return cls(
             f"What is written to `{place}` at {write} depends on what the attached module computes "
@@ -367,8 +390,8 @@ class StepError(GraftworkError):
         return cls(f"{what} has no value: {reason}. Recorded at {location}")
 
     @classmethod
-    def no_gradient(cls, reason: str, location: Location) -> StepError:
-        return cls(f"`backward()` cannot be here: {reason}. Recorded at {location}")
+    def no_gradient(cls, what: str, reason: str, location: Location) -> StepError:
+        return cls(f"`{what}` cannot be here: {reason}. Recorded at {location}")
 
 
 class ScheduleError(GraftworkError):

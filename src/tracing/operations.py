@@ -225,6 +225,18 @@ def _backward(loss: Any, gradient: Any, inputs: Any, **options: Any) -> None:
 BACKWARD = Operation("backward", _backward)
 
 
+def _grad(outputs: Any, inputs: Any, gradients: Any, **options: Any) -> Any:
+    given = (inputs,) if isinstance(inputs, torch.Tensor) else tuple(inputs)
+    if given[0].is_meta:
+        return tuple(torch.empty_like(one) for one in given)
+    return torch.autograd.grad(outputs, given, gradients, **options)
+
+
+GRAD = Operation("grad", _grad)
+#: Operations that go back through what was computed.
+DERIVING = frozenset({BACKWARD, GRAD})
+
+
 def _put(whole: Any, part: Any, view: Operation, args: Any, kwargs: Any) -> Any:
     return view.put(whole, part, *args, **kwargs)
 

@@ -45,6 +45,7 @@ from .operations import (
     FIELD,
     FIRST_ARGUMENT,
     GETITEM,
+    GRAD,
     IN_PLACE,
     METHODS,
     OPERATORS,
@@ -243,8 +244,9 @@ class Proxy:
         if recording.state is not OPEN:
             return self._known().backward(gradient, retain_graph, create_graph, inputs)
         if recording.no_gradients is not None:
-            raise StepError.no_gradient(recording.no_gradients, user_line(2))
+            raise StepError.no_gradient("backward()", recording.no_gradients, user_line(2))
         graph = recording.graph
+        inputs = _as_inputs(recording, inputs)
         args = (_current(self), _lower(recording, gradient), _lower(recording, inputs))
         options = {"retain_graph": retain_graph, "create_graph": create_graph}
         graph.backwards.append(graph.append(CALL, BACKWARD, args, options, recording.invoke))
@@ -490,6 +492,8 @@ class Proxy:
         if name == "__getitem__":
             operation = GETITEM if _is_view_key(args[1]) else TAKE
             return _record(recording, operation, args, kwargs)
+        if function is torch.autograd.grad:
+            return _autograd_grad(recording, *args, **kwargs)
         operation = function_operation(function)
         if kwargs.get("inplace") and isinstance(first, Proxy):
             kwargs = {**kwargs, "inplace": False}
@@ -692,22 +696,26 @@ def _gradient(proxy: Proxy) -> Any:
     hook point is written back there.
     """
     recording, graph = proxy._recording, proxy._recording.graph
+    if recording.no_gradients is not None:
+        raise StepError.no_gradient("grad", recording.no_gradients, user_line(3))
+    if type(proxy) is BlockOutput:
+        proxy = proxy[0]  # the hidden states
     chain = [proxy]
-    while chain[-1]._parent is not None:
+    while chain[-1]._parent is not None and not _is_cut_off(chain[-1]):
         chain.append(chain[-1]._parent)
     root = chain[-1]
-    top = next(i for i in reversed(range(len(chain))) if i == 0 or _is_tensor(chain[i]))
+    top = next((i for i in reversed(range(len(chain))) if _is_tensor(chain[i])), None)
+    if top is None:
+        raise OperationError(
+            f"`{proxy._node.describe().strip('`')}.grad`: only a floating point tensor has a gradient, "
+            "and this has several parts: take that of one, such as `.output[0].grad`."
+        )
     node = _current(chain[top])
-    place = root._place
     number = recording.backward
     if number is None:
         number = _last_backward(graph, recording.invoke, node.invoke)
     point = grad_point(node, number)
-    if place is not None and root._node.kind == READ and type(place[1]) is HookPoint:
-        graph.traced.add(root._node.index)
-        if recording.current.get(place) is root and place not in graph.writes:
-            _write(recording, place, root._node)
-    graph.traced.add(node.index)
+    _put_on_path(root, node)
     where: Any = (node.invoke, point)
     found = recording.current.get(where)
     if found is None:
@@ -720,11 +728,71 @@ def _gradient(proxy: Proxy) -> Any:
     return found
 
 
+def _put_on_path(root: Proxy, node: Node) -> None:
+    """Let autograd pass through the value of `node`, which is that of `root` or a part of it."""
+    recording, graph, place = root._recording, root._recording.graph, root._place
+    if place is not None and root._node.kind == READ and type(place[1]) is HookPoint:
+        graph.traced.add(root._node.index)
+        if recording.current.get(place) is root and place not in graph.writes:
+            _write(recording, place, root._node)
+    graph.traced.add(node.index)
+
+
+def _as_inputs(recording: Recording, inputs: Any) -> Any:
+    """What a backward is to reach: values of the block are put on autograd's path."""
+
+    def one(leaf: Any) -> Any:
+        if not isinstance(leaf, Proxy) or leaf._recording is not recording:
+            return leaf
+        if type(leaf) is BlockOutput:
+            leaf = leaf[0]
+        root = leaf
+        while root._parent is not None and not _is_cut_off(root):
+            root = root._parent
+        _put_on_path(root, _current(leaf))
+        return leaf
+
+    return map_leaves(one, inputs)
+
+
+def _autograd_grad(
+    recording: Recording,
+    outputs: Any,
+    inputs: Any,
+    grad_outputs: Any = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    **options: Any,
+) -> Any:
+    """`torch.autograd.grad` on values of the block: a tuple of gradients."""
+    if recording.no_gradients is not None:
+        raise StepError.no_gradient("torch.autograd.grad", recording.no_gradients, user_line(4))
+    graph = recording.graph
+    single = isinstance(inputs, Proxy)
+    inputs = _as_inputs(recording, [inputs] if single else list(inputs))
+    args = tuple(_lower(recording, value) for value in (outputs, inputs, grad_outputs))
+    options = {"retain_graph": retain_graph, "create_graph": create_graph, **options}
+    node = graph.append(CALL, GRAD, args, options, recording.invoke)
+    graph.backwards.append(node)
+    graph.needs_grad = True
+    found = Proxy(recording, node)
+    return tuple(found[i] for i in range(len(inputs)))
+
+
+def _is_cut_off(proxy: Proxy) -> bool:
+    """True for what shows the memory of its whole but is apart from it for autograd."""
+    view = proxy._view
+    return view is not None and (
+        view[0] is METHODS["detach"] or (view[0] is FIELD and view[1] == ("data",))
+    )
+
+
 def _last_backward(graph: Graph, *invokes: int) -> int:
     """The last backward written in the first of the invokes that has one; else the next to come."""
     for invoke in invokes:
         for number in reversed(range(len(graph.backwards))):
-            if graph.backwards[number].invoke == invoke:
+            one = graph.backwards[number]
+            if one.invoke == invoke and one.target is BACKWARD:
                 return number
     return len(graph.backwards)
 
@@ -990,15 +1058,28 @@ def apply(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
 
     Args:
         function: called with the real values. It returns its result and changes nothing in place.
-        *args, **kwargs: proxies, tensors and anything else, nested in plain containers.
+            A module whose parameters are trained gets gradients.
+        *args, **kwargs: proxies, tensors, modules and anything else, nested in plain containers.
 
     Returns:
         A proxy of the result; outside a block, the result itself.
     """
     for leaf in leaves((args, kwargs)):
         if isinstance(leaf, Proxy) and leaf._recording.state is OPEN:
+            graph = leaf._recording.graph
+            graph.needs_grad = graph.needs_grad or any(
+                _is_trained(one) for one in leaves((function, args, kwargs))
+            )
             return _record(leaf._recording, APPLY, (function, *args), kwargs)
     return function(*_unwrap(args), **_unwrap(kwargs))
+
+
+def _is_trained(leaf: Any) -> bool:
+    """True for a module, or a method of one, with a parameter that requires grad."""
+    if isinstance(leaf, Proxy):
+        return False
+    parameters = getattr(getattr(leaf, "__self__", leaf), "parameters", None)
+    return callable(parameters) and any(p.requires_grad for p in parameters())
 
 
 def _tensor(value: Any) -> Any:
