@@ -29,6 +29,7 @@ from .operations import (
     FIELD,
     FIRST_ARGUMENT,
     GETITEM,
+    GRAD,
     METHODS,
     OPERATORS,
     PASSED,
@@ -92,6 +93,7 @@ _OWN = {
     "again": AGAIN,
     "apply": APPLY,
     "backward": BACKWARD,
+    "grad": GRAD,
     "cached": CACHED,
     "tokens": TOKENS,
     "passed": PASSED,
@@ -237,12 +239,16 @@ _ARGUMENTS: dict[Operation, tuple[_Kind, ...]] = {
     PUT: (_VALUE, _VALUE, _VIEW, _TUPLE, _NAMED),
     AGAIN: (_VALUE, _VALUE, _VIEW, _TUPLE, _NAMED),
     BACKWARD: (_VALUE, _VALUE, _VALUE),
+    GRAD: (_VALUE, _VALUE, _VALUE),
     CACHED: (_VALUE, _VALUE, _VALUE),
     TOKENS: (_VALUE, _VALUE, _NUMBER),
     PASSED: (_VALUE, _PLACE),
 }
 #: Those of them that take further arguments by name.
-_OPTIONS = {BACKWARD: {"retain_graph", "create_graph"}}
+_OPTIONS = {
+    BACKWARD: {"retain_graph", "create_graph"},
+    GRAD: {"retain_graph", "create_graph", "allow_unused", "materialize_grads", "is_grads_batched"},
+}
 
 
 @functools.cache

@@ -762,6 +762,7 @@ def _autograd_grad(
     grad_outputs: Any = None,
     retain_graph: bool | None = None,
     create_graph: bool = False,
+    only_inputs: bool = True,
     **options: Any,
 ) -> Any:
     """`torch.autograd.grad` on values of the block: a tuple of gradients."""
