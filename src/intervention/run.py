@@ -26,9 +26,20 @@ from ..tracing.errors import (
     add_note,
 )
 from ..tracing.graph import Box, Graph, arguments
-from ..tracing.interpreter import Interpreter
+from ..tracing.interpreter import BranchInterpreter, Interpreter
 from ..tracing.node import CALL, READ, WRITE, GradPoint, HookPoint, Node
-from ..tracing.operations import APPLY, DERIVING, ELEMENT, FIRST_ARGUMENT, IN_PLACE, PUT, VIEW
+from ..tracing.operations import (
+    APPLY,
+    DERIVING,
+    ELEMENT,
+    FIRST_ARGUMENT,
+    GUARDED,
+    IN_PLACE,
+    PUT,
+    SELECT,
+    SKIPPED,
+    VIEW,
+)
 from ..tracing.structure import leaves, map_leaves, snapshot
 from .causal import complete, trim
 from .order import passed_by
@@ -131,7 +142,8 @@ class Run:
         self._schedule: Callable[[], Schedule] | None = None
         self._known: Schedule | None = None
         self._call_module = call_module
-        self._interpreter = Interpreter(self.values, self._apply_module, parameter)
+        evaluator = BranchInterpreter if graph.branched else Interpreter
+        self._interpreter = evaluator(self.values, self._apply_module, parameter)
         self.thread = threading.get_ident()
         self._done = bytearray(count)
         self._ready: list[int] = []
@@ -355,7 +367,7 @@ class Run:
 
     def _all_skip(self, arrival: Arrival) -> bool:
         """True if every row that is in the batch now belongs to an invoke that skips."""
-        by = {node.invoke for node in arrival.writes}
+        by = {node.invoke for node in arrival.writes if self.values[node.index] is not SKIPPED}
         if by - self._members:
             return True  # an invoke that sees the whole batch
         here = self.places or dict.fromkeys(self._extents)
@@ -470,6 +482,10 @@ class Run:
             after = self.values[node.index]
             self.values[node.index] = None
             self._unwritten.discard(node.index)
+            if after is SKIPPED:
+                if node.args[0].target is SELECT:
+                    continue
+                raise StepError.untaken(f"what is written to `{node.target}`", node.location)
             skips = is_skip(node.target)
             try:
                 if places is not None:
@@ -549,7 +565,10 @@ class Run:
         boxes = self._boxes.get(index)
         if boxes is not None:
             opaque = _opaque(value)
-            if opaque is not None:
+            if value is SKIPPED:
+                for box in boxes:
+                    box.error = StepError.untaken(node.describe(), node.location)
+            elif opaque is not None:
                 self._refuse(node, opaque, boxes)
             else:
                 # `+` of two tuples is a new tuple of the same tensors.
@@ -580,7 +599,7 @@ class Run:
         free = self.plan.settings.memory
         while self._ready:
             node = nodes[heappop(self._ready)]
-            if node.target is APPLY:
+            if node.target is APPLY or node.target is GUARDED:
                 value = self._unheard(self._interpreter.evaluate, node)
             elif node.kind == CALL and node.target in DERIVING:
                 if self._backward is not None:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .cache import CACHED
-from .node import HookPoint
+from .node import CALL, MODULE, HookPoint, Node
 from .operations import (
     AGAIN,
     APPLY,
@@ -30,12 +30,16 @@ from .operations import (
     FIRST_ARGUMENT,
     GETITEM,
     GRAD,
+    GUARDED,
+    KEPT,
     METHODS,
     OPERATORS,
     PASSED,
     PUT,
+    SELECT,
     SETITEM,
     TAKE,
+    TEST,
     TOKENS,
     VIEW,
     Operation,
@@ -97,6 +101,10 @@ _OWN = {
     "cached": CACHED,
     "tokens": TOKENS,
     "passed": PASSED,
+    "kept": KEPT,
+    "test": TEST,
+    "guarded": GUARDED,
+    "select": SELECT,
 }
 
 
@@ -220,6 +228,8 @@ _NAME = _Kind("the name of a public field", is_public_name)
 _NUMBER = _Kind("an integer", lambda value: type(value) is int)
 _VIEW = _Kind("a view", lambda value: isinstance(value, Operation) and value.effect is VIEW)
 _PLACE = _Kind("a place of a module", lambda value: type(value) is HookPoint)
+_GUARD = _Kind("a condition", lambda value: type(value) is Node)
+_FLAG = _Kind("true or false", lambda value: type(value) is bool)
 _TUPLE = _Kind("a tuple", lambda value: type(value) is tuple)
 _NAMED = _Kind("a dict", lambda value: type(value) is dict)
 # What runs for a method that changes its tensor works on a copy; `apply` would run it as it is.
@@ -243,12 +253,27 @@ _ARGUMENTS: dict[Operation, tuple[_Kind, ...]] = {
     CACHED: (_VALUE, _VALUE, _VALUE),
     TOKENS: (_VALUE, _VALUE, _NUMBER),
     PASSED: (_VALUE, _PLACE),
+    KEPT: (_VALUE,),
+    TEST: (_VALUE,),
+    SELECT: (_GUARD, _FLAG, _VALUE, _VALUE),
 }
 #: Those of them that take further arguments by name.
 _OPTIONS = {
     BACKWARD: {"retain_graph", "create_graph"},
     GRAD: {"retain_graph", "create_graph", "allow_unused", "materialize_grads", "is_grads_batched"},
 }
+
+
+def _of_guarded(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with what a branch does."""
+    if len(args) < 4 or not _GUARD.holds(args[0]) or not _FLAG.holds(args[1]):
+        yield f"it has no {_GUARD.words} that is to be {_FLAG.words}"
+        return
+    kind, target, rest = args[2], args[3], args[4:]
+    if kind == CALL and isinstance(target, Operation) and target is not GUARDED:
+        yield from complaints(target, name_of(target) or "", rest, kwargs)
+    elif kind != MODULE or not is_path(target) or not all(map(_VALUE.holds, rest)):
+        yield "what is guarded is neither an operation nor a module"
 
 
 @functools.cache
@@ -265,6 +290,9 @@ def complaints(
     operation: Operation, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Iterator[str]:
     """What is wrong with a call of an allowed operation, if anything."""
+    if operation is GUARDED:
+        yield from _of_guarded(args, kwargs)
+        return
     if operation is APPLY:
         if not args or not _FUNCTION.holds(args[0]):
             yield f"argument 0 is not {_FUNCTION.words}"

@@ -11,6 +11,7 @@ from contextvars import ContextVar, Token
 from types import TracebackType
 from typing import Any, Protocol
 
+from .branches import Cond
 from .cache import Cache
 from .errors import BlockError, Location, NotRunError
 from .experiment import Experiment
@@ -341,6 +342,28 @@ class Tracer(Block):
     def all(self) -> Steps:
         """All steps of the generation: `iter[:]`."""
         return self.iter[:]
+
+    def cond(self, condition: Any) -> Cond:
+        """A branch: what is written in it happens where `condition` holds, for the open invoke.
+
+        Both branches are recorded, so nothing has to be known while the block is written. What was
+        saved in a branch that was not taken has no value; in a loop over steps it is left out.
+
+        Args:
+            condition: a value of one element.
+
+        Raises:
+            BlockError: no invoke is open.
+        """
+        return Cond(self.recording, condition, True)
+
+    def otherwise(self) -> Cond:
+        """The other branch of the `cond` that ended directly before.
+
+        Raises:
+            BlockError: there is none.
+        """
+        return Cond(self.recording, None, False)
 
     def cache(
         self,

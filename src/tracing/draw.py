@@ -26,6 +26,7 @@ from .operations import (
     GETITEM,
     OPERATORS,
     PUT,
+    SELECT,
     SETITEM,
     TAKE,
     Operation,
@@ -102,6 +103,9 @@ def written(node: Node) -> str | None:
     target, args = node.target, node.args
     if node.kind != CALL:
         return None
+    if target is SELECT:
+        guard, wanted, new, old = args
+        return f"{new!r} {'if' if wanted else 'unless'} {guard!r} else {old!r}"
     if target is PUT or target is AGAIN:
         view, inner = args[2], args[3]
         place = _part(view, inner) or f" ({view.name})"

@@ -136,6 +136,13 @@ class BlockError(GraftworkError):
         )
 
     @classmethod
+    def otherwise(cls) -> BlockError:
+        return cls(
+            "`tracer.otherwise()` has no condition: write it directly after the end of "
+            "`with tracer.cond(...)`."
+        )
+
+    @classmethod
     def no_backward(cls, what: str, location: Location) -> BlockError:
         return cls(
             f"`{what}` needs a backward, and the block has no `loss.backward()` for it. "
@@ -388,6 +395,14 @@ class StepError(GraftworkError):
     @classmethod
     def never_ran(cls, what: str, location: Location, reason: str) -> StepError:
         return cls(f"{what} has no value: {reason}. Recorded at {location}")
+
+    @classmethod
+    def untaken(cls, what: str, location: Location) -> StepError:
+        error = cls(
+            f"{what} has no value: it belongs to a branch that was not taken. Recorded at {location}"
+        )
+        error.ended = True
+        return error
 
     @classmethod
     def no_gradient(cls, what: str, reason: str, location: Location) -> StepError:

@@ -21,6 +21,7 @@ from .node import (
     Node,
     user_frame,
 )
+from .operations import GUARDED
 from .structure import ATOMS, leaves
 
 
@@ -74,6 +75,7 @@ class Graph:
         backwards: the nodes of `backward()`, in recorded order.
         traced: indices of the nodes whose values autograd must pass through.
         passed: what stands for each place of an attached module, for those that use it.
+        branched: it has branches, see branches.py.
         lasting: nodes of lasting edits, by index, and which node of the edits each is.
         needs_grad: a captured tensor requires grad.
         fixed_positions: it holds positions of tokens that fit prompts of these lengths alone.
@@ -84,6 +86,7 @@ class Graph:
         "_saved",
         "_searched",
         "backwards",
+        "branched",
         "fixed_positions",
         "lasting",
         "needs_grad",
@@ -94,6 +97,9 @@ class Graph:
         "writes",
     )
 
+    #: The condition of the branch that is being written.
+    guard: Node | None = None
+
     def __init__(self) -> None:
         self._saved: tuple[int, ...] = ()
         self._inner: set[tuple[str, str]] = set()
@@ -102,7 +108,7 @@ class Graph:
         self.nodes: list[Node] = []
         self.saves: list[tuple[Node, Box]] = []
         self.writes: dict[tuple[int, HookPoint], Node] = {}
-        self.needs_grad = False
+        self.needs_grad = self.branched = False
         self.backwards: list[Node] = []
         self.traced: set[int] = set()
         self.passed: dict[tuple[int, HookPoint], Node] = {}
@@ -236,6 +242,7 @@ class Graph:
         graph.needs_grad, graph.fixed_positions = self.needs_grad, self.fixed_positions
         graph.backwards, graph.traced = self.backwards, self.traced
         graph.passed, graph.lasting = self.passed, self.lasting
+        graph.branched = self.branched
         for number, index in enumerate(self.saved_in_order()):
             graph.saves.append((self.nodes[index], Box(number)))
         return graph
@@ -305,6 +312,10 @@ class Graph:
 
 def _text(node: Node) -> str:
     """What a node does."""
+    if node.target is GUARDED:
+        guard, wanted, *_ = node.args
+        what = node.guarded
+        return f"{written(what) or _text(what)} {'if' if wanted else 'unless'} {guard!r}"
     inner = [_show(a) for a in node.args]
     inner += [f"{key}={_show(value)}" for key, value in node.kwargs.items()]
     if node.kind == WRITE:

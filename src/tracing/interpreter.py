@@ -10,7 +10,7 @@ import torch
 from .errors import CapturedTensorError, GraftworkError, add_note
 from .graph import arguments
 from .node import CALL, MODULE, PARAMETER, WRITE, Captured, Later, Node
-from .operations import APPLY
+from .operations import APPLY, GUARDED, SELECT, SKIPPED
 from .structure import ATOMS, leaves, map_leaves
 
 
@@ -47,6 +47,8 @@ class Interpreter:
         try:
             if node.kind == PARAMETER:
                 return self.parameter(node.target)
+            if node.target is GUARDED:
+                return self.evaluate(node.guarded)
             args, kwargs = self.resolve(node)
             if node.kind == WRITE:
                 return args[0]
@@ -103,6 +105,25 @@ class Interpreter:
                 if isinstance(leaf, torch.Tensor):
                     return tensor if tensor.device == leaf.device else tensor.to(leaf.device)
         return tensor
+
+
+class BranchInterpreter(Interpreter):
+    """Evaluates the nodes of a graph with branches: of each, what its condition lets run."""
+
+    __slots__ = ()
+
+    def evaluate(self, node: Node) -> Any:
+        target = node.target
+        if target is GUARDED or target is SELECT:
+            taken = self.values[node.args[0].index] is node.args[1]
+            if target is SELECT:
+                chosen = node.args[2] if taken else node.args[3]
+                return SKIPPED if chosen is None else self.values[chosen.index]
+            if not taken:
+                return SKIPPED
+        if any(self.values[argument.index] is SKIPPED for argument in arguments(node)):
+            return SKIPPED
+        return super().evaluate(node)
 
 
 def _versions(values: Any) -> list[tuple[torch.Tensor, int]]:

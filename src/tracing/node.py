@@ -202,6 +202,14 @@ class Node:
         self.line = line
 
     @property
+    def guarded(self) -> Node:
+        """What a guarded node does where its condition holds."""
+        _, _, kind, target, *args = self.args
+        return Node(
+            self.index, kind, target, tuple(args), self.kwargs, self.invoke, self.file, self.line
+        )
+
+    @property
     def draws(self) -> bool:
         """It may draw random numbers, so that it is not the same when it runs again."""
         name = getattr(self.target, "name", "")
@@ -216,7 +224,12 @@ class Node:
         if self.kind == READ or self.kind == WRITE:
             return f"`{self.target}`"
         if self.kind == CALL:
-            return f"the result of `{self.target.name}`"
+            target, args = self.target, self.args
+            if target.name == "guarded":
+                target, args = args[3], args[4:]
+            if isinstance(target, str):
+                return f"`{target}`"
+            return args[0].describe() if target.name == "kept" else f"the result of `{target.name}`"
         return f"`{self.target}`"
 
     def __repr__(self) -> str:

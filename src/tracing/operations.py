@@ -200,6 +200,51 @@ FIRST_ARGUMENT = Operation("first argument", _first_argument, VIEW, inverse=_put
 APPLY = Operation("apply", _apply)
 
 
+class Skipped:
+    """The value of what a branch that was not taken would have computed."""
+
+    def __repr__(self) -> str:
+        return "skipped"
+
+
+SKIPPED = Skipped()
+#: The step for which a template is placed.
+STEP = Operation("step", lambda: None)
+#: A value that is kept where it is saved, inside a branch.
+KEPT = Operation("kept", lambda value: value)
+
+
+def _test(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        if value.numel() != 1:
+            raise ValueError(
+                f"a condition is one value, and this has the shape {list(value.shape)}: "
+                "use `.any()` or `.all()`"
+            )
+        return True if value.is_meta else bool(value)
+    return bool(value)
+
+
+#: A condition as True or False.
+TEST = Operation("test", _test)
+
+
+def _guarded(guard: Any, wanted: bool, kind: str, target: Any, *args: Any, **kwargs: Any) -> Any:
+    raise AssertionError("the interpreter evaluates what is guarded")
+
+
+#: What a branch does: condition, whether it is to hold, and the kind, target and arguments of a node.
+GUARDED = Operation("guarded", _guarded)
+
+
+def _select(guard: Any, wanted: bool, new: Any, old: Any) -> Any:
+    return new  # without numbers; a run chooses
+
+
+#: What a branch has changed: condition, whether it is to hold, new and old value.
+SELECT = Operation("select", _select)
+
+
 def _tokens(value: Any, key: Any, axis: int) -> Any:
     return (*(slice(None),) * axis, key)
 

@@ -634,7 +634,10 @@ def _current(proxy: Proxy) -> Node:
             if operation.copies:
                 node = proxy._seen = _laid_out(parent)
                 operation, again, kwargs = AGAIN, (node, proxy._node, operation, args, kwargs), {}
-            proxy._node = recording.graph.append(CALL, operation, again, kwargs, recording.invoke)
+            # Not a branch's own: what is outside of it may use it, too.
+            proxy._node = Graph.append(
+                recording.graph, CALL, operation, again, kwargs, recording.invoke
+            )
     return proxy._node
 
 
@@ -657,8 +660,9 @@ def _laid_out(proxy: Proxy) -> Node:
     operation, args, kwargs = view
     if node.target is not operation and not operation.copies:
         recording = proxy._recording
-        node = proxy._node = recording.graph.append(
-            CALL, operation, (_laid_out(parent), *args), kwargs, recording.invoke
+        args = (_laid_out(parent), *args)
+        node = proxy._node = Graph.append(
+            recording.graph, CALL, operation, args, kwargs, recording.invoke
         )
     return node
 
@@ -681,6 +685,8 @@ def _assign(proxy: Proxy, node: Node) -> None:
         return
     if recording.loop is not None and proxy._node.index < recording.loop:
         raise BlockError.changes_outer(proxy._node.describe(), proxy._node.location)
+    if recording.graph.guard is not None:
+        node = recording.graph.select(node, proxy._node, recording.invoke)  # type: ignore[attr-defined]
     proxy._node = node
     place = proxy._place
     # A proxy whose hook point was assigned anew since stands for the old value alone.
@@ -830,7 +836,10 @@ def assign(recording: Recording, proxy: Proxy, value: Any) -> None:
         if not _is_part(value, proxy._parent, operation, args):
             _assign(proxy, _as_node(recording, value, _current(proxy)))
         return
-    node = _as_node(recording, value, _current(proxy))
+    before = _current(proxy)
+    node = _as_node(recording, value, before)
+    if recording.graph.guard is not None:
+        node = recording.graph.select(node, before, recording.invoke)  # type: ignore[attr-defined]
     _write(recording, place, node)
     recording.current[place] = type(proxy)(recording, node, place)
 
@@ -846,6 +855,8 @@ def node_of(recording: Recording, value: Any) -> Node:
 def write_in(recording: Recording, hook_point: HookPoint, value: Any) -> None:
     """`module.skip(value)`: what is to be at a place that is only written."""
     node = node_of(recording, value)
+    if recording.graph.guard is not None:
+        node = recording.graph.select(node, None, recording.invoke)  # type: ignore[attr-defined]
     place = (recording.invoke, hook_point)
     _write(recording, place, node)
     recording.current[place] = Proxy(recording, node, place)

@@ -50,6 +50,7 @@ class Recording:
         caches: what the open invoke records when it ends.
         around: what `current` is around the loop over steps that is open.
         loop: index of the first node of the loop over steps that is open; None outside.
+        decided: the condition of the branch that has just ended, and how many nodes there were.
         lasting: it is an edit: what it records is for prompts that come later.
         looped: there was such a loop, whose own proxies have no single value.
         no_values: why no value can be had here; None where it can.
@@ -63,6 +64,7 @@ class Recording:
         "caches",
         "compute",
         "current",
+        "decided",
         "graph",
         "invoke",
         "known",
@@ -92,6 +94,7 @@ class Recording:
         self.no_values: str | None = None
         self.loop: int | None = None
         self.looped = self.lasting = False
+        self.decided: tuple[Node, int] | None = None
         self.around: dict[tuple[int, HookPoint], Any] = {}
         self.caches: list[Any] = []
         self.backward: int | None = None
@@ -142,6 +145,8 @@ class Recording:
         return Box(len(self.graph.saves)) if self.loop is None else Series()
 
     def save(self, node: Node) -> Box:
+        if self.graph.guard is not None:
+            node = self.graph.keep(node, self.invoke)  # type: ignore[attr-defined]
         box = Box(len(self.graph.saves)) if not self.looped else self.box(node)
         self.graph.saves.append((node, box))
         return box

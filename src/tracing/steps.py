@@ -13,9 +13,10 @@ from typing import Any
 from .errors import BlockError
 from .graph import Series
 from .node import CALL
+from .operations import STEP
 from .proxy import Proxy
 from .recording import OPEN, Recording
-from .template import STEP, Template
+from .template import Template
 
 
 class Iter:

@@ -13,13 +13,10 @@ from typing import Any
 from .errors import InputError
 from .graph import Box, Graph, Series, arguments
 from .node import CALL, READ, WRITE, HookPoint, Node
-from .operations import PASSED, PUT, SETITEM, TOKENS, Operation
+from .operations import PASSED, PUT, SETITEM, STEP, TOKENS
 from .proxy import CONSTANT, Proxy, current_node, node_of
 from .recording import Recording
 from .structure import map_leaves
-
-#: The step for which a template is placed.
-STEP = Operation("step", lambda: None)
 
 Spot = tuple[int, HookPoint]
 
