@@ -5,35 +5,38 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from .errors import BlockError, InputError
+from .errors import BlockError, InputError, StepError
 from .graph import Box, Graph
 from .proxy import Proxy
 
 
 class Results(Sequence[Any]):
-    """The saved values of one run, in the order of their `save()`.
+    """The saved values of one run, in the order of their `save()`. One that the run did not reach, such
+    as that of a branch that was not taken, raises its reason.
 
     `results[0]`, or `results[handle]` with the proxy that the block saved.
     """
 
-    def __init__(self, values: list[Any]) -> None:
-        self._values = values
+    def __init__(self, boxes: list[Box]) -> None:
+        self._boxes = boxes
 
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, Proxy):
             if key._box is None:
                 raise KeyError(f"{key!r} was not saved in this block")
             key = key._box.number
-        return self._values[key]
+        if isinstance(key, slice):
+            return [_value(box) for box in self._boxes[key]]
+        return _value(self._boxes[key])
 
     def __len__(self) -> int:
-        return len(self._values)
+        return len(self._boxes)
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self._values)
+        return (_value(box) for box in self._boxes)
 
     def __repr__(self) -> str:
-        return f"Results({self._values!r})"
+        return f"Results({[box.error or box.value for box in self._boxes]!r})"
 
 
 class Experiment:
@@ -76,7 +79,10 @@ class Experiment:
         graph = self.graph.again()
         boxes = [box for _, box in graph.saves]
         self._run(graph, prompts)
-        return Results([_value(box) for box in boxes])
+        for box in boxes:
+            if not (isinstance(box.error, StepError) and box.error.ended):
+                _value(box)
+        return Results(boxes)
 
     def check(self, new: list[Any]) -> None:
         """Refuse prompts that the graph was not written for."""

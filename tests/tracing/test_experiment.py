@@ -170,8 +170,9 @@ def test_a_step_that_never_ran_is_an_error(model: LanguageModel) -> None:
         with generator.invoke([1, 2, 3]) as invoker:
             invoker.next()
             model.lm_head.output.save()
+    results = generator.compile()([4, 5])  # the others are not lost
     with pytest.raises(StepError, match="step 1"):
-        generator.compile()([4, 5])
+        _ = results[0]
 
 
 def test_an_unsaved_handle_is_not_among_the_results(model: LanguageModel) -> None:
