@@ -118,6 +118,7 @@ class Run:
         suspended: a module is applied by hand now, so its arrivals are not the forward's.
         generates: the forwards are those of a generation.
         front: the first tokens of a pass that does not compute them.
+        stopped: for each invoke that was stopped, after which step, and by which node.
         places: where each invoke lies in the batch; None if every invoke sees the whole value.
     """
 
@@ -172,6 +173,9 @@ class Run:
         self._gradients: dict[int, dict[int, Gradient]] = {}
         self._backward: int | None = None  # the one that runs
         self._postponed: list[int] = []  # backwards that became ready inside another one
+        self._stops = {node.index for node in graph.stops}
+        self.stopped: dict[int, tuple[int, Node]] = {}
+        self._base = False
         self._uses = passed_by(graph, plan) if graph.backwards else []
         # What backwards are to reach: a copy of it is not what the loss was computed from.
         self._named = {one.index for node in graph.backwards for one in arguments(node)}
@@ -214,7 +218,7 @@ class Run:
             site.wanted[hook_point.step, hook_point.call] = arrival
         self.sites = list(sites.values())
         self.step = 0
-        self._finished.clear()
+        self._finished = set() if self.generates else set(self.stopped)
         self._extents = extents
         self._shared = one.shared
         self._members = {*extents, *one.shared}
@@ -224,8 +228,11 @@ class Run:
         self._schedule = schedule
         self._known = None
         self._each = 1
+        self._base = one.base
         self.front = None
         self._place()
+        if self._finished and self._all_finished():
+            self.sites = []
 
     def _place(self, grown: int = 0) -> None:
         if len(self._extents) <= 1:
@@ -284,6 +291,7 @@ class Run:
         prompts = sum(count for count, _ in self._extents.values())
         self._each = max(1, rows // prompts)
         self._place(grown)
+        self._finished.update(i for i, (at, _) in self.stopped.items() if at < step)
         over, start = set(finished), 0
         for invoke, (count, _) in self._extents.items():
             if over.issuperset(range(start, start + count)):
@@ -596,7 +604,7 @@ class Run:
 
     def _drain(self) -> None:
         nodes, values, remaining = self.graph.nodes, self.values, self._remaining
-        free = self.plan.settings.memory
+        free, stops = self.plan.settings.memory, self._stops
         while self._ready:
             node = nodes[heappop(self._ready)]
             if node.target is APPLY or node.target is GUARDED:
@@ -608,11 +616,44 @@ class Run:
                 value = self._derive(node)
             else:
                 value = self._interpreter.evaluate(node)
+            if stops and node.index in stops and value is not SKIPPED:
+                self._stop(node, value)
             for argument in arguments(node):
                 remaining[argument.index] -= 1
                 if free and not remaining[argument.index]:
                     values[argument.index] = None
             self._bind(node, value)
+
+    # ---------------------------------------------------------------- stops
+
+    def _stop(self, node: Node, step: int) -> None:
+        """An invoke ends after a step."""
+        self.stopped.setdefault(node.invoke, (step, node))
+        if self.generates:
+            return  # transformers ends it when the step has its token: see `ended_rows`
+        self._finished.add(node.invoke)
+        if self._may_stop and not self._base and self._all_finished():
+            self._outstanding = 1  # the arrival that this belongs to is the last one
+
+    def _all_finished(self) -> bool:
+        """True if no invoke wants more of this pass."""
+        return self._finished >= self._members or self._all_stopped(self.stopped)
+
+    def _all_stopped(self, stopped: Iterable[int]) -> bool:
+        """True if an invoke that sees the whole batch is among those that were stopped."""
+        prompted = {i for one in self.plan.passes for i in (*one.invokes, *one.shared)}
+        return not prompted.issuperset(stopped)
+
+    def ended_rows(self, step: int, rows: int) -> list[bool]:
+        """For each row of a generation, whether it was stopped after this step or before."""
+        ended = {invoke for invoke, (at, _) in self.stopped.items() if at <= step}
+        each = rows // sum(count for count, _ in self._extents.values())
+        every = self._all_stopped(ended)
+        return [
+            every or invoke in ended
+            for invoke, (count, _) in self._extents.items()
+            for _ in range(count * each)
+        ]
 
     # ---------------------------------------------------------------- gradients
 
@@ -772,6 +813,8 @@ class Run:
 
     def _reason(self, read: Node) -> str:
         hook_point: HookPoint | GradPoint = read.target
+        if read.invoke in self.stopped:
+            return f"the run was stopped at {self.stopped[read.invoke][1].location}"
         skip = self.plan.skipped.get(read.index)
         if skip is not None:
             what = str(skip.target._replace(step=0)).removesuffix(".skip")
@@ -805,10 +848,14 @@ class Run:
                     read = self._missing(self.graph.nodes[index]) or self.graph.nodes[index]
                     reason = self._reason(read) if read.kind == READ else "it was not computed"
                     error = StepError.never_ran(read.describe(), read.location, reason)
-                    error.ended = read.kind == READ and read.target.step > 0
+                    error.ended = read.invoke in self.stopped or (
+                        read.kind == READ and read.target.step > 0
+                    )
                     box.error = error
         for index in sorted(self._unwritten):
             node = self.graph.nodes[index]
+            if node.invoke in self.stopped:
+                continue
             if node.target.step == 0 and node.target.port != "result":
                 read = self._missing(node) or node
                 raise StepError.never_ran(read.describe(), read.location, self._reason(read))

@@ -425,8 +425,8 @@ class Model(Envoy):
     def execute(self, tracer: Tracer) -> Any:
         """Plan a finished block, load the weights if they are not loaded, and run it."""
         known: Known | None = tracer.recording.known
-        if known is None or tracer.graph.backwards:
-            # Autograd must see how values came to be.
+        if known is None or tracer.graph.backwards or tracer.graph.stops:
+            # Autograd must see how values came to be, and the run where it is to stop.
             return self.run(tracer)
         places = self._places(tracer)
         known.update(tracer, places)
@@ -435,8 +435,8 @@ class Model(Envoy):
     def demand(self, tracer: Tracer, node: Node) -> Any:
         """The value of a node of a block that is still open: runs what it needs."""
         known: Known = tracer.recording.known or Known()
-        if tracer.graph.backwards:
-            known = Known()  # autograd must see how values came to be
+        if tracer.graph.backwards or tracer.graph.stops:
+            known = Known()  # as in `execute`
         tracer.recording.known = known
         places = self._places(tracer)
         known.update(tracer, places)
@@ -471,6 +471,8 @@ class Model(Envoy):
         graph = tracer.recording.graph
         if any(i.prompt is not None and i.prompt.needs_grad for i in tracer.invokes):
             graph.needs_grad = True
+        if graph.stops and tracer.uses_output and not tracer.generates:
+            raise BlockError.stopped_output(graph.stops[0].location)
         work = self.plan(tracer)
         module = self.load()
         if graph.backwards and any(

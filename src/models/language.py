@@ -119,6 +119,7 @@ class LanguageModel(Model):
         )
         self._keeps_logits = accepts(forward, "logits_to_keep")
         self._takes_cache = accepts(forward, "use_cache")
+        self._stopper: Stopper | None = None
         self._head: str | None = None
         self._causal: bool | None = None
 
@@ -463,6 +464,11 @@ class LanguageModel(Model):
         if self._keeps_logits and one.positions != 1 and self._touches_head(tracer):
             # Else transformers computes the prompt's last logits alone.
             options.setdefault("logits_to_keep", one.positions)
+        if self._stopper is not None:
+            options["stopping_criteria"] = [
+                *(options.get("stopping_criteria") or ()),
+                self._stopper,
+            ]
         if "pad_token_id" not in options and module.generation_config.pad_token_id is None:  # type: ignore[union-attr]
             options["pad_token_id"] = self._reader.pad
         return module.generate(**inputs, **options)  # type: ignore[operator]
@@ -490,13 +496,14 @@ class LanguageModel(Model):
     def around(
         self, tracer: Tracer, run: Run, module: torch.nn.Module, prompts: list[TextPrompt]
     ) -> Iterator[None]:
-        if not tracer.generates or not run.sites:
+        if not tracer.generates or not (run.sites or run.stopped):
             yield
             return
+        stops = bool(tracer.graph.stops)
         width = max(prompt.width for prompt in prompts)
         endings = self._endings(tracer, module)
         later = any(site.wanted_after_first() for site in run.sites)
-        watches = later and endings is not None
+        watches = later and (endings is not None or stops)
         step = -1
         ended: set[int] = set()
         count = sum(prompt.rows for prompt in prompts)
@@ -521,10 +528,14 @@ class LanguageModel(Model):
             run.forward_begins(step, rows, mask.shape[1] - width if flat else step, ended)
 
         handle = module.register_forward_pre_hook(begins, with_kwargs=True)
+        self._stopper = Stopper(run) if stops else None
         try:
             yield
         finally:
             handle.remove()
+            self._stopper = None
+            for invoke, (at, _) in run.stopped.items():
+                tracer.invokes[invoke].stopped = at
 
     def _endings(self, tracer: Tracer, module: torch.nn.Module) -> torch.Tensor | None:
         """Token ids that end a generation."""
@@ -547,6 +558,10 @@ class LanguageModel(Model):
             repeated = self._repeated(prompt)
             own = ids[start : start + prompt.rows * each, width - repeated :]
             start += prompt.rows * each
+            stopped = tracer.invokes[index].stopped
+            if stopped is not None:
+                first = repeated + self.config.is_encoder_decoder
+                own = own[:, : first + stopped + 1]
             found[index] = _until_end(own, repeated, endings)
         return found
 
@@ -587,6 +602,21 @@ class LanguageModel(Model):
             for _, (own, width) in sorted(parts.items())
         ]
         return torch.cat(rows)
+
+
+class Stopper:
+    """Ends the rows of a generation whose invokes were stopped, as a stopping criterion."""
+
+    # By it transformers knows that rows end one by one, and pads those that have ended.
+    eos_token_id = None
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._step = -1
+
+    def __call__(self, ids: torch.Tensor, scores: Any, **options: Any) -> torch.Tensor:
+        self._step += 1
+        return torch.tensor(self._run.ended_rows(self._step, ids.shape[0]), device=ids.device)
 
 
 def _from_token(inputs: dict[str, Any], cut: int) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from .operations import (
     PUT,
     SELECT,
     SETITEM,
+    STOP,
     TAKE,
     TEST,
     TOKENS,
@@ -103,6 +104,7 @@ _OWN = {
     "passed": PASSED,
     "kept": KEPT,
     "test": TEST,
+    "stop": STOP,
     "guarded": GUARDED,
     "select": SELECT,
 }
@@ -302,6 +304,9 @@ def complaints(
             _function_names()[args[0]],
             args[1:],
         )
+    if operation is STOP and (not args or not _NUMBER.holds(args[0]) or args[0] < 0):
+        yield "it names no step"
+        return
     expected = _ARGUMENTS.get(operation)
     if expected is None:
         expected = (_VALUE,) * len(args)

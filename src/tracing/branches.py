@@ -14,7 +14,7 @@ from typing import Any
 from .errors import BlockError
 from .graph import Graph
 from .node import CALL, MODULE, Node
-from .operations import GUARDED, KEPT, PASSED, SELECT, STEP, TEST, TOKENS
+from .operations import GUARDED, KEPT, PASSED, SELECT, STEP, STOP, TEST, TOKENS
 from .proxy import node_of
 from .recording import OPEN, Recording
 
@@ -37,6 +37,7 @@ class Branch(Graph):
         super().__init__()
         self.nodes, self.saves, self.writes = around.nodes, around.saves, around.writes
         self.backwards, self.traced, self.passed = around.backwards, around.traced, around.passed
+        self.stops = around.stops
         self.lasting, self.needs_grad = around.lasting, around.needs_grad
         self.fixed_positions, self.branched = around.fixed_positions, True
         self.guard: Node = guard
@@ -62,6 +63,15 @@ class Branch(Graph):
     def keep(self, node: Node, invoke: int) -> Node:
         """The value of `node` where the branch is taken."""
         return self.append(CALL, KEPT, (node,), None, invoke)
+
+
+def record_stop(recording: Recording) -> None:
+    """`tracer.stop()`: the run of the open invoke ends when what it has recorded so far is there."""
+    graph, invoke = recording.graph, recording.invoke
+    needed = [node for node, _ in graph.saves if node.invoke == invoke]
+    needed += [write.args[0] for (owner, _), write in graph.writes.items() if owner == invoke]
+    args = (recording.step, *dict.fromkeys(needed))
+    graph.stops.append(graph.append(CALL, STOP, args, None, invoke))
 
 
 class Cond:

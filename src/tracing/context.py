@@ -11,7 +11,7 @@ from contextvars import ContextVar, Token
 from types import TracebackType
 from typing import Any, Protocol
 
-from .branches import Cond
+from .branches import Cond, record_stop
 from .cache import Cache
 from .errors import BlockError, Location, NotRunError
 from .experiment import Experiment
@@ -87,6 +87,7 @@ class Invoker:
         index: position among the block's invokes.
         prompt: what the model read from the arguments; None sees the whole batch.
         location: the user's line.
+        stopped: after a generation that `stop()` ended, the step after which it did.
         output: after a generation, this invoke's own rows of the result, without padding.
     """
 
@@ -99,6 +100,7 @@ class Invoker:
         self.prompt = prompt
         self.location = location
         self.output: Any = None
+        self.stopped: int | None = None
         self._step = 0
 
     def __enter__(self) -> Invoker:
@@ -364,6 +366,20 @@ class Tracer(Block):
             BlockError: there is none.
         """
         return Cond(self.recording, None, False)
+
+    def stop(self) -> None:
+        """End the run of the open invoke here, when what it has recorded so far has been computed.
+
+        A trace leaves the forward. A generation ends with the token of this step, for this invoke's
+        prompts alone; with `cond`, at the step where a condition holds. What is recorded after it for
+        later modules or steps has no value.
+
+        Raises:
+            BlockError: no invoke is open.
+        """
+        if self.recording.state is not OPEN or self.recording.invoke < 0:
+            raise BlockError.no_invoke("tracer.stop()")
+        record_stop(self.recording)
 
     def cache(
         self,

@@ -143,6 +143,13 @@ class BlockError(GraftworkError):
         )
 
     @classmethod
+    def stopped_output(cls, location: Location) -> BlockError:
+        return cls(
+            f"The forward is left at `tracer.stop()` ({location}), so it has no output: save what the "
+            "modules give, without `tracer.output`."
+        )
+
+    @classmethod
     def no_backward(cls, what: str, location: Location) -> BlockError:
         return cls(
             f"`{what}` needs a backward, and the block has no `loss.backward()` for it. "

@@ -73,6 +73,7 @@ class Graph:
         saves: saved nodes and the boxes that wait for their values, until the run has ended.
         writes: the last WRITE node of each invoke at each hook point.
         backwards: the nodes of `backward()`, in recorded order.
+        stops: the nodes of `stop()`, in recorded order.
         traced: indices of the nodes whose values autograd must pass through.
         passed: what stands for each place of an attached module, for those that use it.
         branched: it has branches, see branches.py.
@@ -93,6 +94,7 @@ class Graph:
         "nodes",
         "passed",
         "saves",
+        "stops",
         "traced",
         "writes",
     )
@@ -110,6 +112,7 @@ class Graph:
         self.writes: dict[tuple[int, HookPoint], Node] = {}
         self.needs_grad = self.branched = False
         self.backwards: list[Node] = []
+        self.stops: list[Node] = []
         self.traced: set[int] = set()
         self.passed: dict[tuple[int, HookPoint], Node] = {}
         self.lasting: dict[int, int] = {}
@@ -139,7 +142,8 @@ class Graph:
         alive = bytearray(len(self.nodes))
         for index in self.saved():
             alive[index] = 1
-        for node in (*(self.writes.values() if writes is None else writes), *self.backwards):
+        last = self.writes.values() if writes is None else writes
+        for node in (*last, *self.backwards, *self.stops):
             alive[node.index] = 1
         for node in reversed(self.nodes):
             if alive[node.index] and node.args:
@@ -242,7 +246,7 @@ class Graph:
         graph.needs_grad, graph.fixed_positions = self.needs_grad, self.fixed_positions
         graph.backwards, graph.traced = self.backwards, self.traced
         graph.passed, graph.lasting = self.passed, self.lasting
-        graph.branched = self.branched
+        graph.branched, graph.stops = self.branched, self.stops
         for number, index in enumerate(self.saved_in_order()):
             graph.saves.append((self.nodes[index], Box(number)))
         return graph

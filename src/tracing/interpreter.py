@@ -10,7 +10,7 @@ import torch
 from .errors import CapturedTensorError, GraftworkError, add_note
 from .graph import arguments
 from .node import CALL, MODULE, PARAMETER, WRITE, Captured, Later, Node
-from .operations import APPLY, GUARDED, SELECT, SKIPPED
+from .operations import APPLY, GUARDED, SELECT, SKIPPED, STOP
 from .structure import ATOMS, leaves, map_leaves
 
 
@@ -121,7 +121,10 @@ class BranchInterpreter(Interpreter):
                 return SKIPPED if chosen is None else self.values[chosen.index]
             if not taken:
                 return SKIPPED
-        if any(self.values[argument.index] is SKIPPED for argument in arguments(node)):
+            target = node.args[3]
+        if target is not STOP and any(
+            self.values[argument.index] is SKIPPED for argument in arguments(node)
+        ):
             return SKIPPED
         return super().evaluate(node)
 

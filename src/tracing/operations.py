@@ -214,6 +214,14 @@ STEP = Operation("step", lambda: None)
 KEPT = Operation("kept", lambda value: value)
 
 
+def _stop(step: int, *needed: Any) -> int:
+    return step
+
+
+#: Ends the run of an invoke after a step, once what was recorded before is there.
+STOP = Operation("stop", _stop)
+
+
 def _test(value: Any) -> bool:
     if isinstance(value, torch.Tensor):
         if value.numel() != 1:

@@ -83,6 +83,7 @@ class Steps:
             graph.writes,
             graph.saves,
             graph.passed,
+            graph.stops,
             recording.no_values,
         )
         if self._single:
@@ -93,6 +94,7 @@ class Steps:
         recording.step = self._steps[0] if self._steps else 0
         recording.around = recording.current
         recording.current, graph.writes, graph.saves, graph.passed = {}, {}, [], {}
+        graph.stops = []
         recording.no_values = (
             "this block is recorded once for several steps; `for step in tracer.iter[…]` "
             "records each by itself"
@@ -111,7 +113,7 @@ class Steps:
             template.saves.append((node, series))
         del graph.nodes[self._start :]
         recording.step, recording.current, graph.writes, graph.saves, *others = self._kept
-        graph.passed, recording.no_values = others
+        graph.passed, graph.stops, recording.no_values = others
         recording.loop, recording.around, self._kept = None, {}, ()
         for step in self._steps if kind is None else ():
             template.place(recording, step)

@@ -13,10 +13,17 @@ from typing import Any
 from .errors import InputError
 from .graph import Box, Graph, Series, arguments
 from .node import CALL, READ, WRITE, HookPoint, Node
-from .operations import PASSED, PUT, SETITEM, STEP, TOKENS
+from .operations import GUARDED, PASSED, PUT, SETITEM, STEP, STOP, TOKENS
 from .proxy import CONSTANT, Proxy, current_node, node_of
 from .recording import Recording
 from .structure import map_leaves
+
+
+def is_stop(node: Node) -> bool:
+    """True for a `stop()`, also in a branch."""
+    target = node.args[3] if node.target is GUARDED else node.target
+    return target is STOP
+
 
 Spot = tuple[int, HookPoint]
 
@@ -116,6 +123,9 @@ class Template:
             elif target is TOKENS and not recording.lasting:
                 values[node.index] = self._index(recording, node, args, step)
             else:
+                if is_stop(node):
+                    at = 4 if target is GUARDED else 0
+                    args = (*args[:at], args[at] + shift, *args[at + 1 :])
                 if target is PASSED:
                     spot = (owner, _shifted(args[1], shift))
                     args = (args[0], spot[1])
@@ -123,6 +133,8 @@ class Template:
                 new = values[node.index] = _copy(graph, node, target, args, kwargs, owner)
                 if target is PASSED:
                     graph.passed[spot] = new
+                elif is_stop(new):
+                    graph.stops.append(new)
         return values
 
     def _index(self, recording: Recording, node: Node, args: tuple[Any, ...], step: int) -> Any:

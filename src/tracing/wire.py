@@ -34,6 +34,7 @@ from .node import (
     grad_point,
 )
 from .operations import APPLY, DERIVING, GUARDED, PASSED, SELECT, Operation
+from .template import is_stop
 
 #: Format of what `pack` writes. `unpack` reads this one alone.
 FORMAT = 1
@@ -669,6 +670,7 @@ def unpack(data: bytes) -> Package:
     graph.fixed_positions = record.fixed_positions
     graph.backwards = [n for n in graph.nodes if n.kind == CALL and n.target in DERIVING]
     graph.branched = any(node.target is GUARDED or node.target is SELECT for node in graph.nodes)
+    graph.stops = [node for node in graph.nodes if node.kind == CALL and is_stop(node)]
     passed = [node for node in graph.nodes if node.target is PASSED]
     graph.passed = {(one.invoke, one.args[1]): one for one in passed}
     graph.needs_grad = bool(graph.backwards) or any(one.requires_grad for one in reader.tensors)
