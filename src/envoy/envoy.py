@@ -17,6 +17,7 @@ from ..tracing.node import MODULE, PARAMETER, HookPoint
 from ..tracing.proxy import BlockOutput, Proxy, assign, first_argument, record_node, write_in
 from ..tracing.structure import leaves
 from .attached import open_recording, record
+from .rename import Names
 from .source import SourceEnvoy
 from .tree import tree_html
 
@@ -39,6 +40,7 @@ class Root(Protocol):
     """What an envoy needs of the model it belongs to."""
 
     _envoys: dict[str, Envoy]
+    _names: Names
     _held: Any  # the same for a model and its edited views
 
     def submodule(self, path: str) -> torch.nn.Module:
@@ -55,6 +57,9 @@ class Root(Protocol):
 
     def alias(self, module: torch.nn.Module, name: str) -> Alias | None:
         """What the architecture declares under that name on such a module."""
+
+    def get(self, path: str) -> Envoy:
+        """The module at a path."""
 
     def attached(self, path: str) -> torch.nn.Module | None:
         """The attached module at a path, or the module inside an attached one."""
@@ -209,6 +214,10 @@ class Envoy:
             return self._child(path, child)
         if root.attached(path) is not None:
             return self._attached(path)
+        meant = root._names.get((self._path, name)) if root._names else None
+        if meant is not None:
+            envoy = root._envoys[path] = root.get(meant)
+            return envoy
         alias = root.alias(module, name)
         if alias is not None:
             return AliasEnvoy(self, alias)
@@ -263,6 +272,10 @@ class Envoy:
             if child is None and self._root.attached(below) is not None:
                 envoy = self._root._envoys.get(below) or envoy._attached(below)
                 continue
+            meant = self._root._names.get((envoy._path, name))
+            if child is None and meant is not None:
+                envoy = self._root.get(meant)
+                continue
             if child is None:
                 raise UnknownModuleError.child(
                     envoy._path, type(module).__name__, name, module._modules
@@ -304,7 +317,8 @@ class Envoy:
 
     def __dir__(self) -> list[str]:
         module = self._root.submodule(self._path)
-        return sorted({*object.__dir__(self), *module._modules, *module._parameters})
+        named = [name for place, name in self._root._names if place == self._path]
+        return sorted({*object.__dir__(self), *module._modules, *module._parameters, *named})
 
     @property
     def path(self) -> str:

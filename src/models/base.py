@@ -6,16 +6,14 @@ import dataclasses
 import inspect
 import logging
 import os
-import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from fnmatch import fnmatchcase
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 
-from ..envoy import Alias, Envoy
+from ..envoy import Alias, Envoy, Names, names_of
 from ..intervention import (
     Known,
     Listing,
@@ -57,6 +55,7 @@ from .execution import Execution, free_memory, settings_of
 from .explain import Explanation, explain
 from .facts import BlockFacts
 from .loading import meta_copy
+from .locks import turn_of
 from .scan import Scan
 
 logger = logging.getLogger("graftwork")
@@ -89,13 +88,16 @@ class Model(Envoy):
     Args:
         module: used as it is; nothing in it is replaced. Where several invokes are in one block, its
             tensor inputs have their batch on axis 0 and rows do not see each other.
+        rename: further names for modules: `{"attn": "attention"}` beside each module of that name,
+            `{"transformer.h": "layers"}` at the root for the module at that path, `{nn.Linear: …}`
+            beside each of a class. Several names are a list.
 
     Example:
         with model.trace(x):
             hidden = model.layer1.output.save()
     """
 
-    def __init__(self, module: torch.nn.Module) -> None:
+    def __init__(self, module: torch.nn.Module, *, rename: Mapping[Any, Any] | None = None) -> None:
         if not isinstance(module, torch.nn.Module):
             raise LoadError(
                 f"Model takes a torch.nn.Module, not {type(module).__name__}. For a hub id or folder "
@@ -109,6 +111,14 @@ class Model(Envoy):
         self._module = module
         self._edits: Template | None = None
         self._set_up()
+        self._names: Names = {}
+        if rename:
+            self._names = names_of(self.tree(), rename, self._is_taken)
+
+    def _is_taken(self, module: torch.nn.Module, name: str) -> bool:
+        """True for a name that has a meaning below a module."""
+        own = type(self) if module is self.tree() else Envoy
+        return name in module._modules or hasattr(module, name) or hasattr(own, name)
 
     def _set_up(self) -> None:
         for name in self.tree()._modules:
@@ -122,7 +132,7 @@ class Model(Envoy):
         self._envoys: dict[str, Envoy] = {}
         self._schedules: dict[str, Schedule | ScheduleError] = {}
         assert self._module is not None
-        self._lock = lock_of(self._module)
+        self._lock = turn_of(self._module)
 
     # ---------------------------------------------------------------- the module
 
@@ -500,6 +510,8 @@ class Model(Envoy):
             named = [name for name in known if fnmatchcase(name, pattern)]
             if "*" in pattern:  # a star is one name, as in a path of files
                 named = [name for name in named if name.count(".") == pattern.count(".")]
+            if not named and self._names and "*" not in pattern:
+                named = [self.get(pattern).path]
             if not named:
                 kind = type(self.tree()).__name__
                 raise UnknownModuleError.child("", kind, pattern, known)
@@ -680,18 +692,6 @@ class Model(Envoy):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return super().__call__(*args, **kwargs)
-
-
-# One run at a time, also where a module has several wrappers: what one run puts in the place of a
-# block's forward would be run by the other, too.
-_locks: WeakKeyDictionary[torch.nn.Module, threading.RLock] = WeakKeyDictionary()
-_making_lock = threading.Lock()
-
-
-def lock_of(module: torch.nn.Module) -> threading.RLock:
-    """The lock that runs on `module` hold."""
-    with _making_lock:
-        return _locks.setdefault(module, threading.RLock())
 
 
 def compiled_in(module: torch.nn.Module) -> str | None:

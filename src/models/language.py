@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from .architectures import IDS, POSITIONS, alias_of, padding_of
 from .base import Model, accepts
 from .execution import settings_of
 from .loading import Checkpoint
+from .locks import turn_of
 from .prompts import PER_TOKEN, Reader, TextPrompt, batch
 
 logger = logging.getLogger("graftwork")
@@ -50,6 +51,7 @@ class LanguageModel(Model):
         tokenizer: instead of the checkpoint's own; needed for text with a module.
         dtype: fp32, fp16, bf16, fp64, int8, int4, nf4 or a torch.dtype; default the checkpoint's.
         device_map: as in transformers: "auto", "cpu", "cuda:0", or a mapping of modules.
+        rename: further names for modules, as for `Model`.
         **options: go to `from_pretrained`.
 
     Raises:
@@ -68,6 +70,7 @@ class LanguageModel(Model):
         *,
         dtype: Any = None,
         device_map: Any = None,
+        rename: Mapping[Any, Any] | None = None,
         **options: Any,
     ) -> None:
         if "torch_dtype" in options:
@@ -90,14 +93,14 @@ class LanguageModel(Model):
                     f"LanguageModel needs a transformers model, which has a `config`; "
                     f"{type(source).__name__} has none. Use `Model(module)`."
                 )
-            super().__init__(source)
+            super().__init__(source, rename=rename)
             self.config = source.config
             name = type(source).__name__
         elif isinstance(source, str) or hasattr(source, "__fspath__"):
             name = str(source)
             self._checkpoint = Checkpoint(name, dtype, device_map, options)
             self.config = self._checkpoint.config
-            self._start(self._checkpoint.skeleton())
+            self._start(self._checkpoint.skeleton(), rename)
             if tokenizer is None:
                 tokenizer = self._checkpoint.tokenizer()
         else:
@@ -123,8 +126,8 @@ class LanguageModel(Model):
         self._head: str | None = None
         self._causal: bool | None = None
 
-    def _start(self, skeleton: torch.nn.Module) -> None:
-        super().__init__(skeleton)
+    def _start(self, skeleton: torch.nn.Module, rename: Mapping[Any, Any] | None) -> None:
+        super().__init__(skeleton, rename=rename)
         self._skeleton, self._module = skeleton, None
 
     # ---------------------------------------------------------------- the module
@@ -134,6 +137,7 @@ class LanguageModel(Model):
             if self._module is None:
                 assert self._checkpoint is not None
                 self._module = self._checkpoint.load()
+                turn_of(self._module, self._lock)
             return self._module
 
     def planned_device(self) -> torch.device:

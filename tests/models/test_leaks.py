@@ -67,7 +67,32 @@ def inner(model: LanguageModel) -> None:
         tracer.cache("transformer.h.*")
 
 
-KINDS = [saves, sweep, gradient, steps, demand, failed, session, inner]
+def edit(model: LanguageModel) -> None:
+    model.transformer.h[1].probe = torch.nn.Linear(128, 128)
+    with model.edit() as edited:
+        block = model.transformer.h[1]
+        block.output[0][:] += block.probe(block.output[0])
+    with edited.trace(PROMPT):
+        edited.transformer.h[1].probe.output[:] *= 2
+        edited.lm_head.output[0, -1].save()
+
+
+def branch(model: LanguageModel) -> None:
+    with model.trace(PROMPT) as tracer:
+        hidden = model.transformer.h[1].output[0]
+        with tracer.cond(hidden.norm() > 0):
+            hidden[:] *= 2
+        model.transformer.h[2].output.save()
+        tracer.stop()
+
+
+def cached(model: LanguageModel) -> None:
+    with model.trace(PROMPT) as tracer:
+        tracer.cache(modules="transformer.h.*")
+        torch.autograd.grad(model.lm_head.output[0, -1, 7], model.transformer.h[1].output)[0].save()
+
+
+KINDS = [saves, sweep, gradient, steps, demand, failed, session, inner, edit, branch, cached]
 
 
 def alive() -> dict[str, int]:
