@@ -260,7 +260,7 @@ def planning(runs: int) -> None:
                     block = model.transformer.h[i % LAYERS]
                     block.output[:, -1] += 1.0
                     model.lm_head.output[:, -1].save()
-            model.plan(tracer)
+            model.plan_block(tracer)
         finally:
             tracer.__exit__(RuntimeError, None, None)
 

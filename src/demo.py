@@ -298,7 +298,7 @@ def main(name: str = "graftwork/tiny") -> None:
         raise LoadError(
             f"The demo uses the module names of GPT-2; {name!r} is another architecture."
         )
-    size = sum(parameter.numel() for parameter in model.tree().parameters())
+    size = sum(parameter.numel() for parameter in model.module_tree().parameters())
     terminal.say(f"""{name}: {len(model.transformer.h)} layers of {model.config.n_head} heads,
         {size / 1e6:.1f} million parameters.""")
     show_logit_lens(terminal, model)

@@ -55,7 +55,7 @@ class Root(Protocol):
     def is_block(self, module: torch.nn.Module) -> bool:
         """True for a transformer block, whose `output[0]` is its hidden states."""
 
-    def alias(self, module: torch.nn.Module, name: str) -> Alias | None:
+    def alias_at(self, module: torch.nn.Module, name: str) -> Alias | None:
         """What the architecture declares under that name on such a module."""
 
     def get(self, path: str) -> Envoy:
@@ -218,7 +218,7 @@ class Envoy:
         if meant is not None:
             envoy = root._envoys[path] = root.get(meant)
             return envoy
-        alias = root.alias(module, name)
+        alias = root.alias_at(module, name)
         if alias is not None:
             return AliasEnvoy(self, alias)
         if name in module._parameters or name in module._buffers:

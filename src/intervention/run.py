@@ -48,6 +48,9 @@ from .rows import Change, Misfit, Opaque, Place, fit, narrow, put
 from .schedule import Schedule
 from .skip import as_result, blank, fills_cache, is_skip, without_blanks
 
+# None outside of `torch.func.vmap`, `grad` and the like, whose tensors stand for others.
+_transform_level = torch._C._functorch.maybe_current_level
+
 
 class Stop(BaseException):
     """Leaves a forward after the last needed arrival. Not an Exception: models may catch those."""
@@ -319,6 +322,8 @@ class Run:
         arrival = site.wanted.get((step, site.call))
         if arrival is None:
             return None
+        if _transform_level() is not None:
+            raise BlockError.transformed(str(arrival.hook_point))
         if self.front is not None:
             result = self._take_rest(arrival, value, self.front)
         elif self.places is None and not self._finished and not self._whole:

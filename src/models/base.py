@@ -113,15 +113,15 @@ class Model(Envoy):
         self._set_up()
         self._names: Names = {}
         if rename:
-            self._names = names_of(self.tree(), rename, self._is_taken)
+            self._names = names_of(self.module_tree(), rename, self._is_taken)
 
     def _is_taken(self, module: torch.nn.Module, name: str) -> bool:
         """True for a name that has a meaning below a module."""
-        own = type(self) if module is self.tree() else Envoy
+        own = type(self) if module is self.module_tree() else Envoy
         return name in module._modules or hasattr(module, name) or hasattr(own, name)
 
     def _set_up(self) -> None:
-        for name in self.tree()._modules:
+        for name in self.module_tree()._modules:
             if hasattr(type(self), name):
                 logger.warning(
                     "the submodule `%s` has the name of something that every model has here: write "
@@ -168,10 +168,10 @@ class Model(Envoy):
         return self.planned_device()
 
     def planned_device(self) -> torch.device:
-        first = next(iter(self.tree().parameters()), None)
+        first = next(iter(self.module_tree().parameters()), None)
         return torch.device("cpu") if first is None else first.device
 
-    def tree(self) -> torch.nn.Module:
+    def module_tree(self) -> torch.nn.Module:
         """The real module if it is loaded, else its skeleton."""
         return self._module if self._module is not None else self.skeleton()
 
@@ -193,7 +193,7 @@ class Model(Envoy):
     def is_block(self, module: torch.nn.Module) -> bool:
         return False
 
-    def alias(self, module: torch.nn.Module, name: str) -> Alias | None:
+    def alias_at(self, module: torch.nn.Module, name: str) -> Alias | None:
         return None
 
     # ---------------------------------------------------------------- edits
@@ -232,11 +232,11 @@ class Model(Envoy):
         """
         edits.load(self, file)
 
-    def edits(self) -> Template | None:
+    def lasting_edits(self) -> Template | None:
         """The edits, as they are placed for each prompt."""
         return self._edits
 
-    def sample(self) -> Any:
+    def sample_prompt(self) -> Any:
         """A prompt by which an edit knows shapes, if one can be had without an example."""
         return None
 
@@ -300,7 +300,7 @@ class Model(Envoy):
     def _in_all_layers(self, inner: frozenset[tuple[str, str]]) -> frozenset[tuple[str, str]]:
         """The same operations of all modules of the same class: a sweep measures once."""
         found: set[tuple[str, str]] = set()
-        tree = self.tree()
+        tree = self.module_tree()
         for path, port in inner:
             kind, place = type(at_path(tree, path)), port.rpartition(".")[0]
             alike = (p for p, child in tree.named_modules() if type(child) is kind)
@@ -437,7 +437,7 @@ class Model(Envoy):
         known: Known | None = tracer.recording.known
         if known is None or tracer.graph.backwards or tracer.graph.stops:
             # Autograd must see how values came to be, and the run where it is to stop.
-            return self.run(tracer)
+            return self.run_block(tracer)
         places = self._places(tracer)
         known.update(tracer, places)
         return self._run_part(tracer, known, known.rest(tracer, places))
@@ -469,21 +469,21 @@ class Model(Envoy):
     def _run_part(self, tracer: Tracer, known: Known, part: Part) -> Any:
         settings = dataclasses.replace(settings_of(tracer.settings), dead_code=True)
         draws: AbstractContextManager[None] = nullcontext()
-        if tracer.generates or any(child.training for child in self.tree().modules()):
+        if tracer.generates or any(child.training for child in self.module_tree().modules()):
             draws = same_draws(known, part.whole)
         with draws:
-            result = self.run(tracer.of_part(part, settings))
+            result = self.run_block(tracer.of_part(part, settings))
         known.learn(part)
         return result
 
-    def run(self, tracer: Tracer) -> Any:
+    def run_block(self, tracer: Tracer) -> Any:
         """Plan and run a block, or a part of one."""
         graph = tracer.recording.graph
         if any(i.prompt is not None and i.prompt.needs_grad for i in tracer.invokes):
             graph.needs_grad = True
         if graph.stops and tracer.uses_output and not tracer.generates:
             raise BlockError.stopped_output(graph.stops[0].location)
-        work = self.plan(tracer)
+        work = self.plan_block(tracer)
         module = self.load()
         if graph.backwards and any(
             child.training and getattr(child, "gradient_checkpointing", False)
@@ -491,15 +491,15 @@ class Model(Envoy):
         ):
             raise BlockError.checkpointing()
         if any(one.cut for one in work.passes) and not self.is_causal():
-            work = self.plan(tracer, causal=False)
+            work = self.plan_block(tracer, causal=False)
         with self._lock, no_grad(graph):
             return Execution(self, tracer, work, module).run()
 
-    def paths(self, modules: Any) -> list[str]:
+    def module_paths(self, modules: Any) -> list[str]:
         # Containers such as ModuleList have no forward, so nothing arrives there.
         known = [
             name
-            for name, child in self.tree().named_modules()
+            for name, child in self.module_tree().named_modules()
             if name and type(child).forward is not torch.nn.Module.forward
         ]
         if modules is None:
@@ -513,7 +513,7 @@ class Model(Envoy):
             if not named and self._names and "*" not in pattern:
                 named = [self.get(pattern).path]
             if not named:
-                kind = type(self.tree()).__name__
+                kind = type(self.module_tree()).__name__
                 raise UnknownModuleError.child("", kind, pattern, known)
             found.update(dict.fromkeys(named))
         return list(found)
@@ -525,7 +525,7 @@ class Model(Envoy):
         """The plan of a block as text."""
         return explain(self, tracer)
 
-    def plan(self, tracer: Tracer, causal: bool = True) -> Plan:
+    def plan_block(self, tracer: Tracer, causal: bool = True) -> Plan:
         """The work of a block: its passes, batches and what is left out.
 
         Raises:
@@ -547,7 +547,9 @@ class Model(Envoy):
             resume(work, part, facts.schedule().chain)
         return work
 
-    def parts(self, tracer: Tracer, prompts: dict[int, Any], result: Any) -> dict[int, Any]:
+    def results_by_invoke(
+        self, tracer: Tracer, prompts: dict[int, Any], result: Any
+    ) -> dict[int, Any]:
         """What the entry point returned for each prompt of a pass."""
         raise AssertionError("only a generation has a result, and a plain module has none")
 
@@ -574,7 +576,7 @@ class Model(Envoy):
         return any(
             getattr(child, "batch_first", True) is False
             or (child.training and isinstance(child, torch.nn.modules.batchnorm._BatchNorm))
-            for child in self.tree().modules()
+            for child in self.module_tree().modules()
         )
 
     def _shape_class(self, prompt: Any) -> Any:
@@ -588,7 +590,7 @@ class Model(Envoy):
         kind = repr((map_leaves(part, prompt.args), map_leaves(part, prompt.kwargs)))
         return (kind, id(prompt)) if prompt.alone else kind
 
-    def identity(self, tracer: Tracer, prompt: Any) -> Hashable:
+    def prompt_identity(self, tracer: Tracer, prompt: Any) -> Hashable:
         """Equal for equal inputs; None where they are not compared."""
         return None
 
@@ -602,7 +604,7 @@ class Model(Envoy):
         return max(1, free_memory(self.planned_device()) // 4 // each)
 
     def _bytes_each(self, schedule: Schedule, all_logits: bool) -> int:
-        head = self.head()
+        head = self.unembedding_path()
         blocks: dict[str, int] = {}
         for (path, port, _), visit in schedule.visits.items():
             if port == "output" and path != head and path:
@@ -632,7 +634,7 @@ class Model(Envoy):
         """True if the loaded model's first tokens do not depend on later ones."""
         return False
 
-    def head(self) -> str | None:
+    def unembedding_path(self) -> str | None:
         """Path of the unembedding, if the forward can apply it to the last positions alone."""
         return None
 
@@ -660,7 +662,7 @@ class Model(Envoy):
         args, kwargs = map_leaves(lambda _: next(joined), (first.args, first.kwargs))
         return module(*args, **kwargs)
 
-    def join(self, tracer: Tracer, passes: list[Pass], results: list[Any]) -> Any:
+    def joined_result(self, tracer: Tracer, passes: list[Pass], results: list[Any]) -> Any:
         """The entry point's result for the whole block."""
         if len(results) == 1:
             return results[0]
@@ -688,7 +690,7 @@ class Model(Envoy):
             return getattr(owner, name).detach().clone()  # type: ignore[no-any-return]
 
     def __repr__(self) -> str:
-        return repr(self.tree())
+        return repr(self.module_tree())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return super().__call__(*args, **kwargs)

@@ -72,9 +72,9 @@ class Editable(Protocol):
     _held: Held
     _root: Any
 
-    def tree(self) -> torch.nn.Module: ...
+    def module_tree(self) -> torch.nn.Module: ...
 
-    def sample(self) -> Any: ...
+    def sample_prompt(self) -> Any: ...
 
     def is_block(self, module: torch.nn.Module) -> bool: ...
 
@@ -92,7 +92,7 @@ def record(model: Any, inplace: bool) -> Edit:
         _check(tracer)
         target._edits = template
 
-    return Edit(model, model, model.sample(), target, model._edits, done)
+    return Edit(model, model, model.sample_prompt(), target, model._edits, done)
 
 
 def _check(tracer: Tracer) -> None:
@@ -132,7 +132,7 @@ def save(model: Editable, file: str | os.PathLike[str]) -> None:
         raise EditError("This model has no edits to save: record some with `model.edit()`.")
     template, graph = model._edits, Graph()
     graph.nodes, graph.writes = template.nodes, template.writes
-    description = {"kind": _KIND, "model": type(model.tree()).__name__}
+    description = {"kind": _KIND, "model": type(model.module_tree()).__name__}
     Path(file).write_bytes(pack(graph, extra=description))
 
 
@@ -172,7 +172,7 @@ def load(model: Any, file: str | os.PathLike[str]) -> None:
 
 
 def _own(model: Editable) -> str:
-    return type(model.tree()).__name__
+    return type(model.module_tree()).__name__
 
 
 def _places(graph: Graph, model: Editable, file: str, of: str) -> dict[str, torch.nn.Module]:
@@ -182,7 +182,7 @@ def _places(graph: Graph, model: Editable, file: str, of: str) -> dict[str, torc
         EditError: the model has no such module.
     """
     inside = {point.path for _, point in graph.passed}
-    tree, attached = model.tree(), dict[str, torch.nn.Module]()
+    tree, attached = model.module_tree(), dict[str, torch.nn.Module]()
     known = {name for name, _ in tree.named_modules() if name}
     # Numbers in their order: a sequence is indexed by position.
     for path in sorted(inside, key=lambda p: [(len(name), name) for name in p.split(".")]):

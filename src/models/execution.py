@@ -50,10 +50,12 @@ class Entry(Protocol):
     def read_cache(self, cache: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values of each layer of a cache."""
 
-    def parts(self, tracer: Tracer, prompts: dict[int, Any], result: Any) -> dict[int, Any]:
+    def results_by_invoke(
+        self, tracer: Tracer, prompts: dict[int, Any], result: Any
+    ) -> dict[int, Any]:
         """What the entry point returned for each prompt of a pass."""
 
-    def join(self, tracer: Tracer, passes: list[Pass], results: list[Any]) -> Any:
+    def joined_result(self, tracer: Tracer, passes: list[Pass], results: list[Any]) -> Any:
         """The entry point's result for the whole block."""
 
 
@@ -90,7 +92,7 @@ class Execution:
             for one in tqdm(passes, "graftwork", disable=quiet, delay=2, leave=False):
                 done.extend(self._run_or_halve(one))
         ran, results = [one for one, _ in done], [result for _, result in done]
-        result = self._entry.join(self._tracer, ran, results)
+        result = self._entry.joined_result(self._tracer, ran, results)
         self._run.conclude(result)
         self._run.finish()
         return result
@@ -181,7 +183,7 @@ class Execution:
         if result is None:
             return None
         if run.wants_result:
-            run.result(entry.parts(tracer, prompts, result))
+            run.result(entry.results_by_invoke(tracer, prompts, result))
         return result
 
 

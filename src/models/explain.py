@@ -17,13 +17,13 @@ from ..tracing.structure import leaves
 class Described(Protocol):
     """What an explanation is made from: a model."""
 
-    def plan(self, tracer: Tracer) -> Plan: ...
+    def plan_block(self, tracer: Tracer) -> Plan: ...
 
     def schedule(self, prompt: Any = None, tracer: Tracer | None = None) -> Schedule: ...
 
     def skeleton(self) -> torch.nn.Module: ...
 
-    def head(self) -> str | None: ...
+    def unembedding_path(self) -> str | None: ...
 
     def oracle(self, tracer: Tracer) -> Shapes: ...
 
@@ -46,7 +46,7 @@ def explain(model: Described, tracer: Tracer) -> Explanation:
     The work counts two operations for each weight and token that meets it; attention's own products
     are left out. Naive is one whole forward for each prompt.
     """
-    plan = model.plan(tracer)
+    plan = model.plan_block(tracer)
     prompts = {i.index: i.prompt for i in tracer.invokes if i.prompt is not None}
     costs = _Costs(model, tracer)
     rows: list[tuple[str, ...]] = []
@@ -110,7 +110,7 @@ class _Costs:
     """Work of the modules of a model, by place in the forward."""
 
     def __init__(self, model: Described, tracer: Tracer) -> None:
-        self._head = model.head()
+        self._head = model.unembedding_path()
         self.known = True
         try:
             first = next(i.prompt for i in tracer.invokes if i.prompt is not None)

@@ -18,7 +18,7 @@ class Host(Protocol):
 
     def batch_class(self, tracer: Tracer, invoke: int) -> Hashable: ...
 
-    def identity(self, tracer: Tracer, prompt: Any) -> Hashable: ...
+    def prompt_identity(self, tracer: Tracer, prompt: Any) -> Hashable: ...
 
     def budget(self, tracer: Tracer, all_logits: bool) -> int: ...
 
@@ -26,7 +26,7 @@ class Host(Protocol):
 
     def may_be_causal(self) -> bool: ...
 
-    def head(self) -> str | None: ...
+    def unembedding_path(self) -> str | None: ...
 
 
 class BlockFacts:
@@ -66,7 +66,7 @@ class BlockFacts:
     def identity(self, invoke: int) -> Hashable:
         if self._tracer.part is not None and invoke in self._tracer.part.resume.starts:
             return None  # its writes that earlier runs have carried out are not in the graph
-        return self._host.identity(self._tracer, self._tracer.invokes[invoke].prompt)
+        return self._host.prompt_identity(self._tracer, self._tracer.invokes[invoke].prompt)
 
     def budget(self, all_logits: bool) -> int:
         return self._host.budget(self._tracer, all_logits)
@@ -78,4 +78,4 @@ class BlockFacts:
         return self._host.may_be_causal()
 
     def head(self) -> str | None:
-        return self._host.head()
+        return self._host.unembedding_path()

@@ -108,7 +108,7 @@ class LanguageModel(Model):
                 f"LanguageModel takes a hub id, a folder or a module, not {type(source).__name__}."
             )
         self.tokenizer = tokenizer
-        forward = self.tree().forward
+        forward = self.module_tree().forward
         self._takes_mask = accepts(forward, "attention_mask")
         self._padding = padding_of(self.config) if self._takes_mask else None
         self._takes_positions = self._padding == POSITIONS and accepts(forward, "position_ids")
@@ -163,7 +163,7 @@ class LanguageModel(Model):
 
         return isinstance(module, GradientCheckpointingLayer)
 
-    def alias(self, module: torch.nn.Module, name: str) -> Alias | None:
+    def alias_at(self, module: torch.nn.Module, name: str) -> Alias | None:
         return alias_of(module, name)
 
     def _context(self) -> int | None:
@@ -174,7 +174,7 @@ class LanguageModel(Model):
             return None
         tables = [
             child.num_embeddings
-            for child in self.tree().modules()
+            for child in self.module_tree().modules()
             if isinstance(child, torch.nn.Embedding)
         ]
         # OPT and RoBERTa keep rows for two positions that no token has.
@@ -185,7 +185,7 @@ class LanguageModel(Model):
         return limit - offset
 
     def _vocabulary(self) -> int | None:
-        embedding = self.tree().get_input_embeddings()  # type: ignore[operator]
+        embedding = self.module_tree().get_input_embeddings()  # type: ignore[operator]
         return getattr(embedding, "num_embeddings", None)
 
     # ---------------------------------------------------------------- structure
@@ -227,7 +227,7 @@ class LanguageModel(Model):
         }
 
     def keeps_cache(self, tracer: Tracer) -> bool:
-        given = tracer.kwargs.get("generation_config") or self.tree().generation_config
+        given = tracer.kwargs.get("generation_config") or self.module_tree().generation_config
         return tracer.kwargs.get("use_cache", getattr(given, "use_cache", True)) is not False
 
     def _sorts_tokens(self, module: torch.nn.Module) -> bool:
@@ -284,7 +284,7 @@ class LanguageModel(Model):
         """Refuse what the forward does not know: transformers ignores it, and a typo has no effect."""
         from transformers.utils.generic import TransformersKwargs
 
-        module = self.tree()
+        module = self.module_tree()
         if not type(module).__module__.startswith("transformers."):
             return
         # A dictionary keeps the order of the signature, in which the message lists them.
@@ -298,17 +298,17 @@ class LanguageModel(Model):
                     f"the forward of {kind} has no input `{name}`. {near(name, known)}"
                 )
 
-    def sample(self) -> TextPrompt:
+    def sample_prompt(self) -> TextPrompt:
         # Long, so that it has the tokens that an edit names.
         return self.prepare(([0] * min(self._reader.limit or 997, 997),), {})
 
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TextPrompt:
         return self._reader.read(args, kwargs)
 
-    def run(self, tracer: Tracer) -> Any:
+    def run_block(self, tracer: Tracer) -> Any:
         if tracer.generates and self._reader.limit is not None:
             self._check_length(tracer, self._reader.limit)
-        return super().run(tracer)
+        return super().run_block(tracer)
 
     def _check_length(self, tracer: Tracer, limit: int) -> None:
         new = tracer.kwargs.get("max_new_tokens")
@@ -344,7 +344,10 @@ class LanguageModel(Model):
         if self._padding is None or any(self._option(tracer, name) for name in _ENDS_ROWS):
             return invoke
         # Only the beam search itself knows at which step it is done with a prompt.
-        if self._option(tracer, "num_beams") and self._endings(tracer, self.tree()) is not None:
+        if (
+            self._option(tracer, "num_beams")
+            and self._endings(tracer, self.module_tree()) is not None
+        ):
             nodes = tracer.graph.nodes
             if any(node.kind in (READ, WRITE) and node.target.step for node in nodes):
                 return invoke
@@ -355,7 +358,7 @@ class LanguageModel(Model):
             return alike, tracer.invokes[invoke].prompt.width
         return alike
 
-    def identity(self, tracer: Tracer, prompt: Any) -> Hashable:
+    def prompt_identity(self, tracer: Tracer, prompt: Any) -> Hashable:
         if prompt.other:
             return None
         if any(tensor.is_floating_point() for tensor in prompt.inputs.values()):
@@ -365,16 +368,16 @@ class LanguageModel(Model):
             for name, tensor in sorted(prompt.inputs.items())
         )
 
-    def head(self) -> str | None:
+    def unembedding_path(self) -> str | None:
         if self._head is None and self._keeps_logits:
-            head = self.tree().get_output_embeddings()  # type: ignore[operator]
-            paths = [name for name, child in self.tree().named_modules() if child is head]
+            head = self.module_tree().get_output_embeddings()  # type: ignore[operator]
+            paths = [name for name, child in self.module_tree().named_modules() if child is head]
             self._head = paths[0] if paths else None
         return self._head
 
     def _option(self, tracer: Tracer, name: str) -> Any:
         """An option of the generation; None for a value that asks for nothing."""
-        given = tracer.kwargs.get("generation_config") or self.tree().generation_config
+        given = tracer.kwargs.get("generation_config") or self.module_tree().generation_config
         value = tracer.kwargs.get(name, getattr(given, name, None))
         neutral = isinstance(value, (int, float)) and value in (0, 1) and name != "max_new_tokens"
         return None if neutral else value
@@ -393,7 +396,7 @@ class LanguageModel(Model):
     def may_share(self, tracer: Tracer) -> bool:
         # Options of the forward may ask for what skipped blocks would have given; with dropout, the
         # same input is not the same computation.
-        module, config = self.tree(), self.config.get_text_config()
+        module, config = self.module_tree(), self.config.get_text_config()
         asked = any(getattr(config, f"output_{n}", False) for n in ("hidden_states", "attentions"))
         return not (tracer.kwargs or module.training or asked)
 
@@ -407,7 +410,7 @@ class LanguageModel(Model):
         return (
             self._takes_cache
             and self._takes_positions
-            and accepts(self.tree().forward, "past_key_values")
+            and accepts(self.module_tree().forward, "past_key_values")
             and not self.config.is_encoder_decoder
             and not kinds - {"full_attention"}
             and (window is None or bool(kinds))
@@ -489,8 +492,8 @@ class LanguageModel(Model):
         return weight.device  # type: ignore[no-any-return]
 
     def _touches_head(self, tracer: Tracer) -> bool:
-        head = self.tree().get_output_embeddings()  # type: ignore[operator]
-        paths = {""} | {name for name, child in self.tree().named_modules() if child is head}
+        head = self.module_tree().get_output_embeddings()  # type: ignore[operator]
+        paths = {""} | {name for name, child in self.module_tree().named_modules() if child is head}
         touched = {place[1].path for place in tracer.recording.current}
         return bool(paths & touched)
 
@@ -575,7 +578,9 @@ class LanguageModel(Model):
             return 0
         return prompt.width
 
-    def parts(self, tracer: Tracer, prompts: dict[int, Any], result: Any) -> dict[int, Any]:
+    def results_by_invoke(
+        self, tracer: Tracer, prompts: dict[int, Any], result: Any
+    ) -> dict[int, Any]:
         if len(prompts) == 1:
             return dict.fromkeys(prompts, result)
         found = self._sequences(tracer, prompts, result)
@@ -583,9 +588,9 @@ class LanguageModel(Model):
             return found
         return {index: type(result)(sequences=own) for index, own in found.items()}
 
-    def join(self, tracer: Tracer, passes: list[Pass], results: list[Any]) -> Any:
+    def joined_result(self, tracer: Tracer, passes: list[Pass], results: list[Any]) -> Any:
         if not tracer.generates or any(result is None for result in results):
-            return super().join(tracer, passes, results)
+            return super().joined_result(tracer, passes, results)
         parts: dict[int, tuple[Any, int]] = {}
         for one, result in zip(passes, results, strict=True):
             prompts = {index: tracer.invokes[index].prompt for index in one.invokes}

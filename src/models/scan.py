@@ -27,11 +27,11 @@ class Scanned(Protocol):
 
     def explain(self, tracer: Tracer) -> Any: ...
 
-    def plan(self, tracer: Tracer) -> Plan: ...
+    def plan_block(self, tracer: Tracer) -> Plan: ...
 
-    def paths(self, modules: Any) -> list[str]: ...
+    def module_paths(self, modules: Any) -> list[str]: ...
 
-    def edits(self) -> Template | None: ...
+    def lasting_edits(self) -> Template | None: ...
 
 
 class Scan:
@@ -40,10 +40,10 @@ class Scan:
     def __init__(self, model: Scanned) -> None:
         self._model = model
         self.prepare, self.oracle, self.explain = model.prepare, model.oracle, model.explain
-        self.edits = model.edits
+        self.lasting_edits = model.lasting_edits
 
-    def paths(self, modules: Any) -> list[str]:
-        return self._model.paths(modules)
+    def module_paths(self, modules: Any) -> list[str]:
+        return self._model.module_paths(modules)
 
     def most_steps(self, tracer: Tracer, prompt: Any) -> int:
         return 1  # a scan is one forward
@@ -58,7 +58,7 @@ class Scan:
             OrderError: a write needs a later value.
             ShapeError: a written value does not fit.
         """
-        self._model.plan(tracer)
+        self._model.plan_block(tracer)
         graph, shapes = tracer.graph, self._model.oracle(tracer)
         unknown: dict[int, NotRunError] = {}
         result = None

@@ -64,13 +64,13 @@ class Backend(Protocol):
     def demand(self, tracer: Tracer, node: Node) -> Any:
         """Run what is recorded so far as far as the value of `node` needs it, and return that."""
 
-    def paths(self, modules: Any) -> list[str]:
+    def module_paths(self, modules: Any) -> list[str]:
         """The paths of the modules that a cache names; None names all. Raises UnknownModuleError."""
 
     def most_steps(self, tracer: Tracer, prompt: Any) -> int:
         """How many forwards a generation can have at most."""
 
-    def edits(self) -> Template | None:
+    def lasting_edits(self) -> Template | None:
         """The lasting changes of the model, for every prompt."""
 
     def explain(self, tracer: Tracer) -> Any:
@@ -220,7 +220,7 @@ class Tracer(Block):
 
     def _place_edits(self, invoker: Invoker) -> None:
         """Record the lasting changes of the model for a new prompt."""
-        edits = self._backend.edits()
+        edits = self._backend.lasting_edits()
         if edits is not None:
             most = self._backend.most_steps(self, invoker.prompt) if self.generates else 1
             for step in range(most):
@@ -403,7 +403,7 @@ class Tracer(Block):
         recording = self.recording
         if recording.state is not OPEN or recording.invoke < 0:
             raise BlockError.no_invoke("tracer.cache()")
-        paths = self._backend.paths(modules)
+        paths = self._backend.module_paths(modules)
         cache = Cache(recording, paths, device, dtype, include_inputs)
         recording.caches.append((cache, self.all() if self.generates else None))
         return cache

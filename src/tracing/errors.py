@@ -143,6 +143,13 @@ class BlockError(GraftworkError):
         )
 
     @classmethod
+    def transformed(cls, place: str) -> BlockError:
+        return cls(
+            f"`{place}` is inside a transform of torch.func (vmap, grad, …), where tensors stand for "
+            "others and cannot be kept or changed. Take a module around the transform."
+        )
+
+    @classmethod
     def stopped_output(cls, location: Location) -> BlockError:
         return cls(
             f"The forward is left at `tracer.stop()` ({location}), so it has no output: save what the "

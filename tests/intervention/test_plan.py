@@ -75,7 +75,7 @@ def model() -> Model:
 
 
 def passes(model: Any, tracer: Any) -> list[list[int]]:
-    return [one.invokes for one in model.plan(tracer).passes]
+    return [one.invokes for one in model.plan_block(tracer).passes]
 
 
 def test_prompts_of_a_plain_module_run_as_one_batch(model: Any) -> None:
@@ -115,6 +115,6 @@ def test_only_the_last_write_of_a_place_arrives(model: Any) -> None:
         model[1].output[:, 1] = 1
         model[1].output *= 3
         model[3].output.save()
-    (one,) = model.plan(tracer).passes
+    (one,) = model.plan_block(tracer).passes
     arrival = one.arrivals[HookPoint("1", "output")]
     assert len(arrival.reads) == 1 and len(arrival.writes) == 1

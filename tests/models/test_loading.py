@@ -98,7 +98,7 @@ def plain_block(folder: str, path: str, **options: object) -> torch.Tensor:
 def test_a_name_reads_no_weights_until_a_block_exits(folders: dict[str, str]) -> None:
     model = LanguageModel(folders["gpt2"])
     assert not model.loaded
-    assert all(p.is_meta for p in model.tree().parameters())
+    assert all(p.is_meta for p in model.module_tree().parameters())
     with model.trace(IDS):
         hidden = model.transformer.h[1].output.save()
         assert not model.loaded
@@ -172,8 +172,8 @@ def test_a_70b_configuration_needs_neither_time_nor_memory(tmp_path: Path) -> No
         vocab_size=128256,
     ).save_pretrained(tmp_path)
     model = LanguageModel(str(tmp_path))
-    assert sum(p.numel() for p in model.tree().parameters()) > 70e9
-    assert all(p.is_meta for p in model.tree().parameters())
+    assert sum(p.numel() for p in model.module_tree().parameters()) > 70e9
+    assert all(p.is_meta for p in model.module_tree().parameters())
     with pytest.raises(ZeroDivisionError), model.trace(IDS):
         assert model.model.layers[79].output.shape == (1, 5, 8192)
         raise ZeroDivisionError

@@ -44,7 +44,7 @@ def sent(tracer: Tracer) -> list[Any]:
 def test_reads_writes_modules_and_parameters(
     toy: Model, x: torch.Tensor, reference: Callable[..., Any]
 ) -> None:
-    module = toy.tree()
+    module = toy.module_tree()
     with toy.trace(x) as tracer:
         toy.inp.output[:, 0] += 1
         toy.mid.output = toy.mid.output * 2 - toy.out.bias
@@ -73,7 +73,7 @@ def test_containers_fields_and_first_arguments(toy: Model, x: torch.Tensor) -> N
         toy.rec.output.hidden.save()
         toy.mid.input.save()
         toy.mid.inputs[0][0].save()
-    module = toy.tree()
+    module = toy.module_tree()
     with torch.no_grad():
         h = module.inp(x) + 1
         h[:, 1] = 0
@@ -140,7 +140,7 @@ def test_operation_means_the_same_after_it_was_sent(
     with toy.trace(x) as tracer:
         operation(toy.mid.output).save()
     with torch.no_grad():
-        module = toy.tree()
+        module = toy.module_tree()
         expected = operation(module.mid(module.inp(x)))
     (found,) = sent(tracer)
     assert found.dtype == expected.dtype
@@ -151,7 +151,7 @@ def test_head_alias_and_generation_steps(gpt2: LanguageModel, ids: torch.Tensor)
     with gpt2.trace(ids) as tracer:
         gpt2.transformer.h[1].attn.value.output[:, 2] = 0
         gpt2.lm_head.output[:, -1].save()
-    module = gpt2.tree()
+    module = gpt2.module_tree()
 
     def ablate(out: torch.Tensor) -> torch.Tensor:
         out = out.clone()
@@ -203,8 +203,8 @@ def test_invokes_saves_and_last_writes_are_kept(
         out[:, 0] = seen["donor"][:, 0]
 
     hooks = {"inp": torch.Tensor.zero_, "mid": keep("donor"), "out": keep("first")}
-    reference(toy.tree(), (x,), hooks)
-    reference(toy.tree(), (x + 1,), {"mid": put_donor, "out": keep("second")})
+    reference(toy.module_tree(), (x,), hooks)
+    reference(toy.module_tree(), (x + 1,), {"mid": put_donor, "out": keep("second")})
     torch.testing.assert_close(sent(tracer), [seen["first"], seen["second"], seen["second"]])
     assert str(graph).count("invoke 1") == str(tracer.graph).count("invoke 1") > 0
 
@@ -768,7 +768,7 @@ def test_gradients_and_their_edits(toy: Model, x: torch.Tensor) -> None:
         loss = tracer.output.pow(2).sum()
         loss.backward()
         torch.autograd.grad(loss, tracer.output)[0].save()
-    module = toy.tree()
+    module = toy.module_tree()
     kept: list[torch.Tensor] = []
 
     def scaled(gradient: torch.Tensor) -> torch.Tensor:
@@ -805,7 +805,7 @@ def test_a_cache(toy: Model, x: torch.Tensor) -> None:
         del invoker
         tracer.cache(modules=["inp"], dtype=torch.float64)
     with torch.no_grad():
-        expected = toy.tree().inp(x).double()
+        expected = toy.module_tree().inp(x).double()
     torch.testing.assert_close(sent(tracer), [expected])
 
 
