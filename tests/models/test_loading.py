@@ -392,3 +392,25 @@ def test_loading_options_on_a_module_are_refused() -> None:
 def test_a_plain_module_is_sent_to_model() -> None:
     with pytest.raises(LoadError, match=r"Use `Model\(module\)`"):
         LanguageModel(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["int8", "nf4"])
+def test_gradients_pass_through_quantized_weights(folders: dict[str, str], name: str) -> None:
+    model = LanguageModel(folders["llama"], dtype=name)
+    with model.trace(IDS) as tracer:
+        hidden = model.model.layers[1].output
+        gradient = hidden.grad.save()
+        tracer.output.logits[:, -1].float().logsumexp(-1).sum().backward()
+    module, kept = model.load(), {}
+
+    def leaf(_module: Any, _args: Any, output: torch.Tensor) -> torch.Tensor:
+        kept["leaf"] = output.detach().requires_grad_()
+        return kept["leaf"]
+
+    handle = module.get_submodule("model.layers.1").register_forward_hook(leaf)
+    module(torch.tensor([IDS])).logits[:, -1].float().logsumexp(-1).sum().backward()
+    handle.remove()
+    assert kept["leaf"].grad is not None
+    assert gradient.value.abs().max() > 0
+    torch.testing.assert_close(gradient.value, kept["leaf"].grad)

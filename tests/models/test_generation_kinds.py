@@ -1,0 +1,107 @@
+"""Blocks inside every way in which transformers generates: sampling, beams, assisted, streamed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import TextStreamer
+
+from graftwork import LanguageModel
+
+PROMPTS = ["The capital of France is", "hello there"]
+
+WAYS: dict[str, dict[str, Any]] = {
+    "greedy": {"do_sample": False},
+    "sampling": {"do_sample": True, "top_k": 20, "temperature": 1.5},
+    "beams": {"num_beams": 3, "do_sample": False},
+    "several sequences": {"do_sample": True, "num_return_sequences": 3},
+    "lookup": {"prompt_lookup_num_tokens": 3, "do_sample": False},
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> LanguageModel:
+    return LanguageModel("graftwork/tiny")
+
+
+def plainly(model: LanguageModel, prompt: str, edit: bool, **options: Any) -> tuple[Any, list[Any]]:
+    """`generate` of transformers with torch's own hooks: the ids, and block 1's output at each step."""
+    module, seen = model.load(), []
+
+    def hook(_module: Any, _args: Any, output: torch.Tensor) -> Any:
+        if edit:
+            output = output.clone()
+            output[:, -1] += 1.0
+        seen.append(output.clone())
+        return output
+
+    inputs = model.tokenizer(prompt, return_tensors="pt")
+    handle = module.get_submodule("transformer.h.1").register_forward_hook(hook)
+    torch.manual_seed(0)
+    try:
+        ids = module.generate(**inputs, max_new_tokens=5, **options)
+    finally:
+        handle.remove()
+    return ids, seen
+
+
+@pytest.mark.parametrize("edit", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_loop_over_the_steps_is_in_each_of_them(
+    model: LanguageModel, way: str, edit: bool
+) -> None:
+    ids, seen = plainly(model, PROMPTS[0], edit, **WAYS[way])
+    torch.manual_seed(0)
+    with model.generate(PROMPTS[0], max_new_tokens=5, **WAYS[way]) as generator, generator.all():
+        hidden = model.transformer.h[1].output
+        if edit:
+            hidden[:, -1] += 1.0
+        hidden.save()
+    assert torch.equal(generator.output, ids)
+    assert len(hidden.value) == len(seen)
+    for mine, theirs in zip(hidden.value, seen, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_an_assistant_proposes_tokens(model: LanguageModel) -> None:
+    assistant = LanguageModel("graftwork/tiny").load()
+    options = {"assistant_model": assistant, "do_sample": False}
+    ids, seen = plainly(model, PROMPTS[0], True, **options)
+    with model.generate(PROMPTS[0], max_new_tokens=5, **options) as generator, generator.all():
+        hidden = model.transformer.h[1].output
+        hidden[:, -1] += 1.0
+        hidden.save()
+    assert torch.equal(generator.output, ids)
+    assert [one.shape for one in hidden.value] == [one.shape for one in seen]
+
+
+def test_text_is_streamed_while_a_block_edits(model: LanguageModel) -> None:
+    class Kept(TextStreamer):  # type: ignore[no-untyped-call]
+        text = ""
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            self.text += text
+
+    mine = Kept(model.tokenizer, skip_prompt=True)  # type: ignore[no-untyped-call]
+    theirs = Kept(model.tokenizer, skip_prompt=True)  # type: ignore[no-untyped-call]
+    plainly(model, PROMPTS[0], True, do_sample=False, streamer=theirs)
+    with model.generate(
+        PROMPTS[0], max_new_tokens=5, do_sample=False, streamer=mine
+    ) as generator, generator.all():
+        model.transformer.h[1].output[:, -1] += 1.0
+    assert mine.text == theirs.text != ""
+
+
+def test_a_batch_of_sampled_prompts_ends_as_transformers_ends_it(model: LanguageModel) -> None:
+    model.tokenizer.padding_side = "left"
+    inputs = model.tokenizer(PROMPTS, return_tensors="pt", padding=True)
+    torch.manual_seed(3)
+    expected = model.load().generate(**inputs, max_new_tokens=4, do_sample=True, top_k=5)
+    torch.manual_seed(3)
+    with model.generate(max_new_tokens=4, do_sample=True, top_k=5) as generator:
+        for prompt in PROMPTS:
+            with generator.invoke(prompt), generator.all():
+                model.transformer.h[0].output.save()
+    assert torch.equal(generator.output, expected)
