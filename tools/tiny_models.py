@@ -106,7 +106,49 @@ _DEPTHS = (
 LAYERS = _DEPTHS.split()
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
 
-EXTRAS: dict[str, dict[str, Any]] = {}
+_MAMBA_2 = {"mamba_n_heads": 8, "mamba_d_head": 8}
+
+EXTRAS: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1], **_MAMBA_2},
+    "big_bird": {"attention_type": "original_full"},
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}},
+    },
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "falcon_h1": {"mamba_d_ssm": 64, **_MAMBA_2},
+    "gemma3n_text": {"num_kv_shared_layers": 2},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"], **_MAMBA_2},
+    "hunyuan_v1_dense": {"head_dim": HEAD},
+    "hunyuan_v1_moe": {"head_dim": HEAD},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"num_heads": 8, "n_groups": 2},
+    "ministral": {"head_dim": HEAD},
+    "musicgen": {"num_codebooks": 1},
+    "musicgen_melody": {"num_codebooks": 1},
+    "nemotron": {"num_key_value_heads": 2},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": HEAD,
+        "indexer_budget": 4,
+        "indexer_compress_ratio": 2,
+    },
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "reformer": {
+        "attn_layers": ["local", "lsh"],
+        "axial_pos_shape": [8, 8],
+        "axial_pos_embds_dim": [16, 16],
+        "local_attn_chunk_length": 4,
+        "lsh_attn_chunk_length": 4,
+        "hash_seed": 0,
+    },
+    "xlstm": {"hidden_size": 64, "embedding_dim": 64, "qk_dim_factor": 1.0},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"attention_hidden_size": 2 * HIDDEN, "attention_head_dim": 2 * HEAD},
+    "zamba2": {"attention_hidden_size": 2 * HIDDEN, "attention_head_dim": 2 * HEAD},
+}
 """Fields that one type needs beyond the general rules."""
 
 KEPT = ("A_log", "dt_bias", "A_logs")
@@ -131,13 +173,20 @@ def _depth(defaults: Mapping[str, Any]) -> int:
     return 0
 
 
-def _distinct(values: Sequence[Any]) -> list[Any]:
-    """Return the different values in the order in which they first occur."""
-    seen: list[Any] = []
-    for value in values:
-        if value not in seen:
-            seen.append(value)
-    return seen
+def _sources(per_layer: Mapping[str, Sequence[Any]], deep: int) -> list[int]:
+    """Return which of the default layers the small model's layers are taken after.
+
+    Two of them where all layers are alike, else four that show as many kinds of layer as four can.
+    """
+    chosen: list[int] = []
+    for layer in range(deep):
+        kind = [values[layer] for values in per_layer.values()]
+        known = [[values[other] for values in per_layer.values()] for other in chosen]
+        if any(all(k[i] != kind[i] for k in known) for i in range(len(kind))):
+            chosen.append(layer)
+    if len(chosen) < 2:
+        return list(range(min(deep, 2)))
+    return sorted(chosen[:4]) if len(chosen) > 2 else chosen * 2
 
 
 def _token(name: str, value: Any) -> Any:
@@ -149,6 +198,13 @@ def _token(name: str, value: Any) -> Any:
     return value if value < VOCABULARY - 32 else VOCABULARY - 32 + value % 31
 
 
+def _small(name: str, value: Any, usual: Any = None) -> Any:
+    """Return a small value for a field; twice as much where a layer's is larger than the usual one."""
+    if name not in SIZES or not isinstance(value, (int, float)) or isinstance(value, bool):
+        return value
+    return min(value, SIZES[name] * (2 if isinstance(usual, int) and value > usual else 1))
+
+
 def small_fields(defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Return small values for the fields of a configuration whose defaults are given.
 
@@ -157,21 +213,29 @@ def small_fields(defaults: Mapping[str, Any]) -> dict[str, Any]:
     """
     fields: dict[str, Any] = {}
     deep = _depth(defaults)
+    overrides = {int(k): v for k, v in (defaults.get("per_layer_config") or {}).items()}
     per_layer = {
         k: v for k, v in defaults.items() if isinstance(v, (list, tuple)) and len(v) == deep > 1
     }
-    depth = 4 if any(len(_distinct(v)) > 1 for v in per_layer.values()) else 2
+    sources = _sources({**per_layer, "": [overrides.get(i) for i in range(deep)]}, deep)
     for name, value in defaults.items():
         if name.endswith(("_token_id", "_token_index")):
             if _is_int(value) or isinstance(value, (list, tuple)):
                 fields[name] = _token(name, value)
         elif name in per_layer:
-            kinds = _distinct(value)
-            fields[name] = [kinds[i % len(kinds)] for i in range(depth)]
+            fields[name] = [_small(name, value[i]) for i in sources]
         elif name in LAYERS and _is_int(value):
-            fields[name] = min(value, depth)
-        elif name in SIZES and isinstance(value, (int, float)) and not isinstance(value, bool):
-            fields[name] = min(value, SIZES[name])
+            fields[name] = len(sources)
+        elif name == "per_layer_config" and overrides:
+            fields[name] = {
+                new: {k: _small(k, v, defaults.get(k)) for k, v in overrides[old].items()}
+                for new, old in enumerate(sources)
+                if old in overrides
+            }
+        else:
+            fields[name] = _small(name, value)
+    if "is_decoder" in defaults:
+        fields["is_decoder"] = True
     for ours, theirs in (
         ("num_key_value_heads", "num_attention_heads"),
         ("num_kv_heads", "num_attention_heads"),
@@ -190,7 +254,7 @@ def small_fields(defaults: Mapping[str, Any]) -> dict[str, Any]:
             fields["head_dim"] = small[0]
         elif defaults.get("head_dim") == rope + nope:
             fields["head_dim"] = sum(small)
-    return fields
+    return {k: v for k, v in fields.items() if v is not defaults.get(k) and v != defaults.get(k)}
 
 
 def _shrunk(config_class: type[PreTrainedConfig], extras: Mapping[str, Any]) -> PreTrainedConfig:
