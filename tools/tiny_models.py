@@ -115,9 +115,37 @@ EXTRAS: dict[str, dict[str, Any]] = {
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}},
     },
     "deepseek_v2": {"num_experts_per_tok": 2},
+    "blt": {
+        "num_hidden_layers": 2,
+        "encoder_hash_byte_group_vocab": 50,
+        "encoder_hash_byte_group_size": [3, 4],
+        "encoder_config": {"hidden_size_global": HIDDEN},
+        "decoder_config": {"hidden_size_global": HIDDEN},
+    },
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "dots3_note_text": {
+        "per_layer_config": {
+            2: {
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "q_lora_rank": 16,
+                "kv_lora_rank": 8,
+                "head_dim": 12,
+                "qk_nope_head_dim": 8,
+                "qk_rope_head_dim": 4,
+                "v_head_dim": HEAD,
+            },
+        },
+    },
     "falcon_h1": {"mamba_d_ssm": 64, **_MAMBA_2},
-    "gemma3n_text": {"num_kv_shared_layers": 2},
+    "gemma3n_text": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0],
+        "intermediate_size": 48,
+        "num_kv_shared_layers": 2,
+    },
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"], **_MAMBA_2},
     "hunyuan_v1_dense": {"head_dim": HEAD},
     "hunyuan_v1_moe": {"head_dim": HEAD},
@@ -125,9 +153,18 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8, "n_groups": 2},
     "ministral": {"head_dim": HEAD},
-    "musicgen": {"num_codebooks": 1},
-    "musicgen_melody": {"num_codebooks": 1},
+    "musicgen_decoder": {"num_codebooks": 1},
+    "musicgen_melody_decoder": {"num_codebooks": 1},
     "nemotron": {"num_key_value_heads": 2},
+    "phi4_multimodal": {
+        "vision_config": {"image_size": 56, "crop_size": 56},
+        "audio_config": {
+            "nemo_conv_channels": 16,
+            "ext_pw_out_channel": HIDDEN,
+            "depthwise_separable_out_channel": HIDDEN,
+            "bias_max_distance": 16,
+        },
+    },
     "qwen4_exp_text": {
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,
@@ -137,7 +174,6 @@ EXTRAS: dict[str, dict[str, Any]] = {
     },
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {
-        "attn_layers": ["local", "lsh"],
         "axial_pos_shape": [8, 8],
         "axial_pos_embds_dim": [16, 16],
         "local_attn_chunk_length": 4,
@@ -259,10 +295,9 @@ def small_fields(defaults: Mapping[str, Any]) -> dict[str, Any]:
 
 def _shrunk(config_class: type[PreTrainedConfig], extras: Mapping[str, Any]) -> PreTrainedConfig:
     """Return a small configuration of a class, the configurations nested in it shrunk as well."""
-    extras = dict(extras)
-    start = extras.pop("defaults", {})
-    defaults = config_class(**start)
-    fields = {**start, **small_fields(defaults.to_dict())}
+    extras = {**EXTRAS.get(config_class.model_type, {}), **extras}
+    defaults = config_class()
+    fields = small_fields(defaults.to_dict())
     for name in defaults.sub_configs:
         nested = getattr(defaults, name, None)
         if nested is not None:
@@ -271,24 +306,27 @@ def _shrunk(config_class: type[PreTrainedConfig], extras: Mapping[str, Any]) -> 
 
 
 def tiny_config(model_type: str) -> tuple[type[nn.Module], PreTrainedConfig]:
-    """Return the class of a type's model and a small configuration for it."""
+    """Return the class of a type's model and a small configuration for it.
+
+    Where the configuration holds that of a text model, and the text model has a class of its own in
+    the mapping, the class and the configuration are those of the text model.
+    """
     model_class = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
     config_class = CONFIG_MAPPING[model_type]
-    extras = EXTRAS.get(model_type, {})
+    if model_type.endswith("_assistant"):
+        raise ValueError(
+            f"{model_class.__name__} runs on the states of another model, not on token ids"
+        )
     part = "decoder" if model_type.startswith("musicgen") else "text_config"
-    text = config_class.sub_configs.get(part)
-    if text is None or "whole" in extras:
-        extras = {k: v for k, v in extras.items() if k != "whole"}
-        return model_class, _shrunk(config_class, extras)
+    if part not in config_class.sub_configs:
+        return model_class, _shrunk(config_class, {})
     nested = type(getattr(config_class(), part))
-    if model_class.config_class is config_class and nested is not config_class:
-        known = {CONFIG_MAPPING[t]: t for t in causal_types()}
-        if nested not in known:
-            return model_class, _shrunk(config_class, extras)
-        model_type = known[nested]
-        model_class = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
-        extras = EXTRAS.get(model_type, {})
-    return model_class, _shrunk(nested, extras)
+    if model_class.config_class is not config_class:
+        return model_class, _shrunk(nested, {})
+    for known in causal_types():
+        if CONFIG_MAPPING[known] is nested:
+            return tiny_config(known)
+    return model_class, _shrunk(config_class, {})
 
 
 def _draw(model: nn.Module) -> None:
