@@ -4,6 +4,9 @@
 knows by a small one, adds what the table `EXTRAS` holds for the type, and draws the weights. Nothing
 is downloaded. Run as a script it builds all of them (or those named as arguments) and prints what
 happened.
+
+All of the models are causal but those of `cpmant` (a prefix that sees all of itself) and `xlnet`
+(its order is an argument of the forward).
 """
 
 from __future__ import annotations
@@ -111,10 +114,6 @@ _MAMBA_2 = {"mamba_n_heads": 8, "mamba_d_head": 8}
 EXTRAS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1], **_MAMBA_2},
     "big_bird": {"attention_type": "original_full"},
-    "cohere_compass_text": {
-        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}},
-    },
-    "deepseek_v2": {"num_experts_per_tok": 2},
     "blt": {
         "num_hidden_layers": 2,
         "encoder_hash_byte_group_vocab": 50,
@@ -122,7 +121,11 @@ EXTRAS: dict[str, dict[str, Any]] = {
         "encoder_config": {"hidden_size_global": HIDDEN},
         "decoder_config": {"hidden_size_global": HIDDEN},
     },
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}},
+    },
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
+    "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "dots3_note_text": {
         "per_layer_config": {
@@ -151,6 +154,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": {"head_dim": HEAD},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "longcat_flash": {"zero_expert_num": 2},
     "mamba2": {"num_heads": 8, "n_groups": 2},
     "ministral": {"head_dim": HEAD},
     "musicgen_decoder": {"num_codebooks": 1},
@@ -180,6 +184,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
         "lsh_attn_chunk_length": 4,
         "hash_seed": 0,
     },
+    "xlm": {"causal": True},
     "xlstm": {"hidden_size": 64, "embedding_dim": 64, "qk_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"attention_hidden_size": 2 * HIDDEN, "attention_head_dim": 2 * HEAD},
