@@ -1,0 +1,1 @@
+"""The lens: HookedTransformer and what belongs to it, over unmodified models."""
