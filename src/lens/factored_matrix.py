@@ -283,7 +283,7 @@ class FactoredMatrix:
         recorded = torch.is_grad_enabled() and (self.A.requires_grad or self.B.requires_grad)
         if self._svd is not None and not recorded:
             return self._svd
-        left, middle, right = _reduced(_at_least_single(self.A), _at_least_single(self.B))
+        left, middle, right = _reduced(at_least_single(self.A), at_least_single(self.B))
         U, S, Vh = torch.linalg.svd(middle, full_matrices=False)
         U = U if left is None else left @ U
         V = Vh.mT if right is None else right @ Vh.mT
@@ -322,13 +322,13 @@ class FactoredMatrix:
             ShapeError: the matrix is not square.
         """
         self._check_square("eigenvalues")
-        product = _at_least_single(self.B) @ _at_least_single(self.A)
+        product = at_least_single(self.B) @ at_least_single(self.A)
         values: torch.Tensor = torch.linalg.eigvals(product)
         return values
 
     def norm(self) -> torch.Tensor:
         """The Frobenius norm, [...]. Its gradient is finite for factors of any rank."""
-        A, B = _at_least_single(self.A), _at_least_single(self.B)
+        A, B = at_least_single(self.A), at_least_single(self.B)
         norm: torch.Tensor = _FrobeniusNorm.apply(A, B)  # type: ignore[no-untyped-call]
         return norm.to(self.A.dtype)
 
@@ -404,7 +404,7 @@ def _reduced(
     return left, upper @ lower.mT, right
 
 
-def _at_least_single(tensor: torch.Tensor) -> torch.Tensor:
+def at_least_single(tensor: torch.Tensor) -> torch.Tensor:
     """Half precision as float32: decompositions are not implemented for it."""
     return tensor.float() if tensor.dtype in HALF else tensor
 
