@@ -61,6 +61,9 @@ class Root(Protocol):
     def get(self, path: str) -> Envoy:
         """The module at a path."""
 
+    def unified(self, path: str, name: str) -> Any:
+        """What a unified name means below a path; None if it is none there."""
+
     def attached(self, path: str) -> torch.nn.Module | None:
         """The attached module at a path, or the module inside an attached one."""
 
@@ -225,6 +228,9 @@ class Envoy:
             tracer = current_tracer()
             if tracer is not None and tracer.model._held is root._held:
                 return record_node(tracer.recording, PARAMETER, path, (), {})
+        found = root.unified(self._path, name)
+        if found is not None:
+            return found
         try:
             return getattr(module, name)
         except AttributeError:

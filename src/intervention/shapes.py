@@ -44,7 +44,7 @@ class Structure(Protocol):
 
     def schedule(self, prompt: Any, tracer: Tracer) -> Schedule: ...
 
-    def submodule(self, path: str) -> torch.nn.Module: ...
+    def meta_module(self, path: str) -> torch.nn.Module: ...
 
     def meta_parameter(self, path: str) -> torch.Tensor: ...
 
@@ -292,7 +292,7 @@ class Fakes:
             raise NotRunError.on_demand("shape", node.describe(), node.location) from None
 
     def _call(self, path: str, *args: Any, **kwargs: Any) -> Any:
-        return self._structure.submodule(path).forward(*args, **kwargs)
+        return self._structure.meta_module(path).forward(*args, **kwargs)
 
     def _read(self, node: Node) -> Any:
         hook_point: HookPoint | GradPoint = node.target

@@ -26,6 +26,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from ..tracing.errors import SourceError
+from .attention import EAGER, with_eager_attention
 
 _OPERATORS: dict[type[ast.AST], str] = {
     ast.Add: "add", ast.Sub: "sub", ast.Mult: "mul", ast.MatMult: "matmul", ast.Div: "truediv",
@@ -294,24 +295,36 @@ def _changes_its_own(function: Any, result: Any) -> bool:
 Taps = dict[str, Tap]
 
 
-def taps_of(ports: Mapping[str, Any], kind: str) -> Taps:
+def taps_of(ports: Mapping[str, Any], *kinds: str) -> Taps:
     """The taps for ports such as "source.attention_interface_0.source.softmax_0.output".
 
     Args:
         ports: what takes in the values of each.
-        kind: "source" or "functions"; the others are left out.
+        kinds: "source", "eager" or "functions"; the others are left out.
     """
     taps: Taps = {}
     for port, handler in ports.items():
         parts = port.split(".")
-        if parts[0] != kind:
+        if parts[0] not in kinds:
             continue
         level, tap = taps, Tap()
         for name in parts[1:-1:2]:
             tap = level.setdefault(name, Tap())
             level = tap.inner
-        setattr(tap, parts[-1], handler)
+        before = getattr(tap, parts[-1])
+        setattr(tap, parts[-1], handler if before is None else _both(before, handler))
     return taps
+
+
+def _both(first: Any, second: Any) -> Callable[[Any], Any]:
+    """Two names of one place."""
+
+    def handler(value: Any) -> Any:
+        changed = first(value)
+        again = second(value if changed is None else changed)
+        return changed if again is None else again
+
+    return handler
 
 
 def instrumented(function: Any, taps: Taps, what: str) -> Any:
@@ -479,7 +492,7 @@ class Functions(TorchFunctionMode):
 
 def is_inner(port: str) -> bool:
     """True for the port of an inner operation."""
-    return port.startswith(("source.", "functions."))
+    return port.startswith(("source.", "functions.", f"{EAGER}."))
 
 
 def forward_name(module: torch.nn.Module) -> str:
@@ -519,9 +532,11 @@ def tapped_forward(
     """
     forward = original = getattr(module, forward_name(module))
     what = f"the forward of `{path}` ({type(module).__name__})"
-    taps, functions = taps_of(ports, "source"), taps_of(ports, "functions")
+    taps, functions = taps_of(ports, "source", EAGER), taps_of(ports, "functions")
     if taps:
         forward = instrumented(original, taps, what)
+    if any(port.startswith(f"{EAGER}.") for port in ports):
+        forward = with_eager_attention(module, forward, listens)
     if not functions and seen is None:
         return forward
     inside = forward

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from ..models.factored_matrix import FactoredMatrix, at_least_single, triangular
 from ..tracing.errors import InputError, ShapeError
-from .factored_matrix import FactoredMatrix, at_least_single, triangular
 
 SliceInput: TypeAlias = (
     int
@@ -91,7 +91,7 @@ def repeat_along_head_dimension(
             change of all.
     """
     heads = tensor.unsqueeze(-2).expand(*tensor.shape[:-1], n_heads, tensor.shape[-1])
-    return heads.clone(memory_format=torch.contiguous_format) if clone_tensor else heads
+    return heads.clone() if clone_tensor else heads
 
 
 def is_lower_triangular(tensor: torch.Tensor) -> bool:
@@ -484,8 +484,6 @@ def _keep_top_k(logits: torch.Tensor, top_k: int) -> torch.Tensor:
 def _keep_top_p(logits: torch.Tensor, top_p: float) -> torch.Tensor:
     if not 0 < top_p <= 1:
         raise InputError(f"`top_p` is above 0 and at most 1, found {top_p}.")
-    if top_p == 1:
-        return logits  # sums that round to 1 before the last token would drop it
     ordered, order = logits.sort(dim=-1, descending=True)
     sums = ordered.softmax(-1).cumsum(-1)
     before = functional.pad(sums[..., :-1], (1, 0))

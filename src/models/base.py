@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 from ..envoy import Alias, Envoy, Names, names_of
+from ..envoy.names import write_name
+from ..envoy.spellings import resolve
 from ..intervention import (
     Known,
     Listing,
@@ -50,6 +52,7 @@ from ..tracing.session import Session
 from ..tracing.structure import ATOMS, leaves, map_leaves
 from ..tracing.template import Template
 from . import edits
+from .architectures import stacks_of
 from .edits import Held
 from .execution import Execution, free_memory, settings_of
 from .explain import Explanation, explain
@@ -57,8 +60,18 @@ from .facts import BlockFacts
 from .loading import meta_copy
 from .locks import turn_of
 from .scan import Scan
+from .sizes import Sizes
+from .stacked import StackedWeights
+from .vocabulary import Vocabulary, find_vocabulary
+from .weights import dequantized
 
 logger = logging.getLogger("graftwork")
+
+#: Unified names of the model itself. A submodule of that name is meant first.
+_UNIFIED = frozenset(
+    "layers embed pos_embed ln_final ln_final_in ln_final_scale ln_final_normalized logits unembed_in "
+    "unembed_out".split()
+)
 
 
 @dataclasses.dataclass(slots=True)
@@ -110,6 +123,7 @@ class Model(Envoy):
         self._held = Held()
         self._module = module
         self._edits: Template | None = None
+        self._vocabularies: dict[str, Vocabulary] = {}
         self._set_up()
         self._names: Names = {}
         if rename:
@@ -249,8 +263,80 @@ class Model(Envoy):
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, torch.nn.Module) and not name.startswith("_"):
             self.attach("", name, value)
+        elif name in _UNIFIED and name not in self.module_tree()._modules:
+            write_name(self, self._model_names(), -1, name, value)
         else:
             object.__setattr__(self, name, value)
+
+    # ---------------------------------------------------------------- unified names
+
+    def vocabulary(self, stack: str = "layers") -> Vocabulary:
+        """The unified names of this model.
+
+        Raises:
+            UnavailableNameError: its architecture is not known.
+        """
+        found = self._vocabularies.get(stack)
+        if found is None or found.root is not self:
+            found = find_vocabulary(self, stack)
+            self._vocabularies = {**self._vocabularies, stack: found}
+        return found
+
+    def unified(self, path: str, name: str) -> Any:
+        """`layers`, `embed`, `logits` and the others that every architecture has."""
+        if path or not (name in _UNIFIED or name.endswith("_layers")):
+            return None
+        if getattr(self.module_tree(), "config", None) is None:
+            return None
+        if name == "layers":
+            return self.vocabulary().layers
+        if name.endswith("_layers"):
+            stack = name.removesuffix("_layers")
+            known = stacks_of(self.config) or ()
+            return self.vocabulary(stack).layers if stack in known else None
+        return self._model_names().read(-1, name)
+
+    def _model_names(self) -> Vocabulary:
+        stacks = stacks_of(self.config) or ("layers",)
+        return self.vocabulary(stacks[-1])
+
+    @property
+    def cfg(self) -> Sizes:
+        """Sizes and kinds of the model, in the same words on every architecture."""
+        return self._model_names().sizes
+
+    @property
+    def weights(self) -> StackedWeights:
+        """The weights of all layers stacked: `model.weights.W_Q` [layer, head, d_model, d_head]."""
+        return StackedWeights(self)
+
+    def hook(self, name: str, layer: int | None = None) -> Any:
+        """A place by the name that another library has for it, as a value of the open block.
+
+        Args:
+            name: of TransformerLens ("blocks.3.attn.hook_z"), taker ("layer_3_attn_pre_out"),
+                transformer-debugger ("attn.q", with `layer`), nnterp, or the unified one ("z").
+            layer: where the name has none.
+
+        Raises:
+            UnavailableNameError: there is no such name, or not on this architecture.
+        """
+        vocabulary = self._model_names()
+        number, own = resolve(name, layer, vocabulary)
+        return vocabulary.read(number, own)
+
+    def __getitem__(self, index: Any) -> Any:
+        """A weight or module by unified name, `model["embed.W_E"]`; else as for any module."""
+        if isinstance(index, str) and getattr(self.module_tree(), "config", None) is not None:
+            if index not in self.module_tree()._modules and stacks_of(self.config) is not None:
+                return self._model_names().find(index)
+        return super().__getitem__(index)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self._model_names().model_weights()[name] = value
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._model_names().model_weights()
 
     # ---------------------------------------------------------------- structure, for shapes
 
@@ -279,7 +365,7 @@ class Model(Envoy):
             if tracer is not None:
                 inner |= tracer.graph.inner_operations()
             if inner:
-                inner = self._in_all_layers(inner)
+                inner = self._in_all_layers(inner) | self._named_operations(inner)
                 kind += repr(sorted(inner))
             found = self._schedules.get(kind)
             if found is None:
@@ -305,6 +391,14 @@ class Model(Envoy):
             kind, place = type(at_path(tree, path)), port.rpartition(".")[0]
             alike = (p for p, child in tree.named_modules() if type(child) is kind)
             found.update((other, f"{place}.output") for other in alike)
+        return frozenset(found)
+
+    def _named_operations(self, inner: frozenset[tuple[str, str]]) -> frozenset[tuple[str, str]]:
+        """Those of all unified names, if one of them is asked for: each further name is then known."""
+        found: set[tuple[str, str]] = set()
+        for vocabulary in self._vocabularies.values():
+            if not inner.isdisjoint(vocabulary.inner_operations):
+                found |= vocabulary.inner_operations
         return frozenset(found)
 
     def operations(self, path: str, prefix: str) -> Listing:
@@ -369,6 +463,12 @@ class Model(Envoy):
             return torch.empty((batch, *leaf.shape[1:]), dtype=leaf.dtype, device="meta")
 
         return map_leaves(resize, prompt.args), map_leaves(resize, prompt.kwargs)
+
+    def meta_module(self, path: str) -> torch.nn.Module:
+        """A module that can be applied to values without numbers."""
+        # A loaded one may choose kernels by its dtype, which the meta device does not have.
+        attached = self._held.find(path) if self._held.attached else None
+        return attached if attached is not None else at_path(self.skeleton(), path)
 
     def meta_parameter(self, path: str) -> torch.Tensor:
         return _tensor_at(self.skeleton(), path)
@@ -680,7 +780,9 @@ class Model(Envoy):
     def parameter(self, path: str) -> torch.Tensor:
         found = _tensor_at(self.load(), path)
         if not found.is_meta:
-            return found
+            place, _, name = path.rpartition(".")
+            numbers = dequantized(self.submodule(place), name)
+            return found if numbers is None else numbers
         # Offloaded: the weights are on the meta device except while the module runs.
         from accelerate.utils import align_module_device
 

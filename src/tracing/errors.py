@@ -65,6 +65,26 @@ class UnknownModuleError(GraftworkError, AttributeError):
         )
 
 
+class UnavailableNameError(GraftworkError, AttributeError):
+    """A name of the unified vocabulary that does not exist, or not on this architecture."""
+
+    @classmethod
+    def unknown(cls, name: str, kind: str, known: Iterable[str]) -> UnavailableNameError:
+        return cls(f"`{name}` is no name of a place in {kind}. {near(name, known)}")
+
+    @classmethod
+    def missing(cls, name: str, kind: str, reason: str) -> UnavailableNameError:
+        return cls(f"`{name}` does not exist on {kind}: {reason}")
+
+    @classmethod
+    def no_layer(cls, index: int, count: int) -> UnavailableNameError:
+        return cls(f"there are {count} layers, so layer {index} does not exist")
+
+    @classmethod
+    def weight(cls, name: str, kind: str, known: Iterable[str]) -> UnavailableNameError:
+        return cls(f"`{name}` is no weight of {kind}. {near(name, known)}")
+
+
 class BlockError(GraftworkError):
     """Blocks opened, nested or used in a way that has no meaning."""
 

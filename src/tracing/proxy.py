@@ -930,6 +930,9 @@ def _record(
     return Proxy(recording, node)
 
 
+record = _record
+
+
 def record_node(
     recording: Recording, kind: str, target: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Proxy:

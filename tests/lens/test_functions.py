@@ -13,7 +13,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graftwork.lens.factored_matrix import FactoredMatrix
 from graftwork.lens.functions import (
     HEAD_DETECTION_PATTERNS,
     Slice,
@@ -37,6 +36,7 @@ from graftwork.lens.functions import (
     to_numpy,
     transpose,
 )
+from graftwork.models.factored_matrix import FactoredMatrix
 from graftwork.tracing.errors import GraftworkError, InputError, ShapeError
 
 
@@ -472,6 +472,11 @@ def test_logits_are_not_changed_and_every_dtype_draws_in_float32(dtype: torch.dt
     single = sample_logits(LOGITS[None], freq_penalty=1.0, top_k=3, tokens=torch.tensor([[1, 2]]))
     assert torch.equal(logits, LOGITS.to(dtype)[None])
     assert found.shape == (1,) and torch.equal(found, single)
+    many = random(50, 1000).to(dtype)
+    torch.manual_seed(1)
+    found = sample_logits(many, temperature=0.7)
+    torch.manual_seed(1)
+    assert torch.equal(found, sample_logits(many.float(), temperature=0.7))
 
 
 def test_one_row_without_batch() -> None:

@@ -87,9 +87,10 @@ def test_text_is_streamed_while_a_block_edits(model: LanguageModel) -> None:
     mine = Kept(model.tokenizer, skip_prompt=True)  # type: ignore[no-untyped-call]
     theirs = Kept(model.tokenizer, skip_prompt=True)  # type: ignore[no-untyped-call]
     plainly(model, PROMPTS[0], True, do_sample=False, streamer=theirs)
-    with model.generate(
-        PROMPTS[0], max_new_tokens=5, do_sample=False, streamer=mine
-    ) as generator, generator.all():
+    with (
+        model.generate(PROMPTS[0], max_new_tokens=5, do_sample=False, streamer=mine) as generator,
+        generator.all(),
+    ):
         model.transformer.h[1].output[:, -1] += 1.0
     assert mine.text == theirs.text != ""
 

@@ -1,5 +1,22 @@
 """One file an architecture, and the registry that finds them."""
 
-from .registry import IDS, POSITIONS, alias_of, padding_of
+from .architecture import Architecture, Block, Norm, Part, Weight, decoder
+from .padding import IDS, POSITIONS, padding_of
+from .registry import alias_of, architecture_of, declared, register, stacks_of
 
-__all__ = ["IDS", "POSITIONS", "alias_of", "padding_of"]
+__all__ = [
+    "IDS",
+    "POSITIONS",
+    "Architecture",
+    "Block",
+    "Norm",
+    "Part",
+    "Weight",
+    "alias_of",
+    "architecture_of",
+    "declared",
+    "decoder",
+    "padding_of",
+    "register",
+    "stacks_of",
+]

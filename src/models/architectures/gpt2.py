@@ -1,17 +1,19 @@
-"""GPT-2: query, key and value vectors of each head.
+"""GPT-2: `c_attn` computes query, key and value side by side on the last axis.
 
-`c_attn` computes query, key and value side by side on the last axis.
 Source: transformers, models/gpt2/modeling_gpt2.py, GPT2Attention.forward.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 
 from ...envoy import Alias
 from ...tracing import Proxy
+from .architecture import Architecture, Part, decoder, third
+from .registry import register
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,3 +37,24 @@ class HeadVectors:
 ALIASES: dict[str, dict[str, Alias]] = {
     "GPT2Attention": {"query": HeadVectors(0), "key": HeadVectors(1), "value": HeadVectors(2)}
 }
+
+
+@register("gpt2")
+def gpt2(config: Any) -> Architecture:
+    return decoder(
+        layers="transformer.h",
+        embed="transformer.wte",
+        pos_embed="transformer.wpe",
+        positional="standard",
+        ln_final="transformer.ln_f",
+        norm="LN",
+        ln1="ln_1",
+        attn="attn",
+        q=Part("c_attn", third(0)),
+        k=Part("c_attn", third(1)),
+        v=Part("c_attn", third(2)),
+        o="c_proj",
+        ln2="ln_2",
+        w_in="c_fc",
+        w_out="c_proj",
+    )

@@ -1,53 +1,80 @@
-"""Owns what is particular to an architecture: declared aliases, and how its positions behave."""
+"""Owns the registry: which file knows an architecture, and what is declared of a module's class."""
 
 from __future__ import annotations
 
-from typing import Any
+import importlib
+import pkgutil
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ...envoy import Alias
-from . import gpt2
 
-#: Aliases by the name of the module's class.
-ALIASES: dict[str, dict[str, Alias]] = {**gpt2.ALIASES}
+if TYPE_CHECKING:
+    from .architecture import Architecture
 
-#: How rows of different lengths share a forward and still compute what each computes alone. With
-#: left padding and its mask, these architectures need position ids:
-_BY_POSITIONS = frozenset(
-    "albert apertus arcee bert bert-generation biogpt bitnet cohere cohere2 ctrl deberta "
-    "deberta-v2 diffllama distilbert electra ernie ernie4_5 exaone4 falcon flex_olmo gemma gemma2 "
-    "gemma3_text glm glm4 glm4_moe gpt2 gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gpt_oss gpt-sw3 "
-    "gptj granite granitemoe granitemoeshared llama llama4_text megatron-bert ministral "
-    "ministral3 mistral mixtral modernbert modernbert-decoder nemotron olmo olmo2 olmo3 olmoe "
-    "openai-gpt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe rembert roc_bert seed_oss "
-    "smollm3 squeezebert stablelm starcoder2 vaultgemma xglm".split()
-)
-#: and these must get none: positions are relative, counted by the model from the mask (OPT), or padded
-#: inputs are zeroed before the recurrence.
-_BY_MASK = frozenset("bloom falcon_mamba mamba mamba2 mpt opt".split())
-#: These count positions from the ids that are not padding, so the padding must be the id they know.
-_BY_IDS = frozenset(
-    "camembert data2vec-text esm roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl".split()
-)
-# Each was compared with solo forwards. What is not named is not padded: among transformers'
-# architectures that take both mask and position ids, RecurrentGemma, ConvBERT, MobileBERT, MPNet and
-# others compute something else for a padded row.
+_DECLARED: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {}
+_read = False
 
-POSITIONS, MASK, IDS = "positions", "mask", "ids"
+
+def register(
+    *model_types: str, stacks: tuple[str, ...] = ("layers",)
+) -> Callable[[Callable[..., Architecture]], Callable[..., Architecture]]:
+    """Declare the vocabulary of model types: the decorated function gives it for a configuration.
+
+    Args:
+        *model_types: as in `config.model_type`. The last declaration of one counts.
+        stacks: of an encoder-decoder model, what its stacks are called; the function gets the name.
+    """
+
+    def declare(function: Callable[..., Architecture]) -> Callable[..., Architecture]:
+        for model_type in model_types:
+            _DECLARED[model_type] = (function, stacks)
+        return function
+
+    return declare
+
+
+def _all() -> dict[str, tuple[Callable[..., Any], tuple[str, ...]]]:
+    """Every declaration, those of this folder read first."""
+    global _read
+    if not _read:
+        _read = True
+        own = dict(_DECLARED)
+        for module in pkgutil.iter_modules(_folder()):
+            importlib.import_module(f"{__package__}.{module.name}")
+        _DECLARED.update(own)
+    return _DECLARED
+
+
+def _folder() -> list[str]:
+    return list(importlib.import_module(__package__ or "").__path__)
+
+
+def declared() -> list[str]:
+    """The model types that have a file."""
+    return sorted(_all())
+
+
+def stacks_of(config: Any) -> tuple[str, ...] | None:
+    """The stacks of blocks that are declared for a configuration; None for unknown ones."""
+    found = _all().get(config.model_type)
+    return None if found is None else found[1]
+
+
+def architecture_of(config: Any, stack: str = "layers") -> Architecture | None:
+    """What is declared for a configuration."""
+    found = _all().get(config.model_type)
+    if found is None:
+        return None
+    function, stacks = found
+    result: Architecture = function(config) if stacks == ("layers",) else function(config, stack)
+    return result
 
 
 def alias_of(module: torch.nn.Module, name: str) -> Alias | None:
     """What the architecture declares under `name` on a module of that class."""
-    return ALIASES.get(type(module).__name__, {}).get(name)
+    from . import gpt2
 
-
-def padding_of(config: Any) -> str | None:
-    """What makes a left-padded row compute what it computes alone: POSITIONS, MASK or IDS.
-
-    None where that is not known: then rows of different lengths must not share a forward.
-    """
-    for kind, names in ((POSITIONS, _BY_POSITIONS), (MASK, _BY_MASK), (IDS, _BY_IDS)):
-        if config.model_type in names:
-            return kind
-    return None
+    return gpt2.ALIASES.get(type(module).__name__, {}).get(name)

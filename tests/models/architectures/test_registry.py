@@ -13,9 +13,9 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from graftwork import LanguageModel
-from graftwork.models.architectures import IDS, POSITIONS, padding_of, registry
+from graftwork.models.architectures import IDS, POSITIONS, padding, padding_of
 
-LISTED = sorted(registry._BY_POSITIONS | registry._BY_MASK | registry._BY_IDS)
+LISTED = sorted(padding._BY_POSITIONS | padding._BY_MASK | padding._BY_IDS)
 
 #: Small sizes by the names that configurations give them.
 SIZES = {
@@ -91,13 +91,13 @@ def test_a_listed_architecture_is_right_with_padding(name: str, tools: Any) -> N
 
 
 def test_the_lists_do_not_overlap() -> None:
-    lists = (registry._BY_POSITIONS, registry._BY_MASK, registry._BY_IDS)
+    lists = (padding._BY_POSITIONS, padding._BY_MASK, padding._BY_IDS)
     assert len(LISTED) == sum(len(names) for names in lists)
 
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("gpt2", POSITIONS), ("opt", registry.MASK), ("roberta", IDS), ("recurrent_gemma", None)],
+    [("gpt2", POSITIONS), ("opt", padding.MASK), ("roberta", IDS), ("recurrent_gemma", None)],
 )
 def test_what_is_known_of_an_architecture(name: str, expected: str | None) -> None:
     assert padding_of(transformers.AutoConfig.for_model(name)) == expected

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graftwork.lens.factored_matrix import FactoredMatrix
+from graftwork.models.factored_matrix import FactoredMatrix
 from graftwork.tracing.errors import GraftworkError, InputError, OperationError, ShapeError
 
 LEADING = [(), (3,), (2, 3)]
@@ -462,6 +462,8 @@ def test_indices_out_of_range(index: Any) -> None:
         lambda m: m - "a",
         lambda m: 1 - m,
         lambda m: m * "a",
+        lambda m: np.ones(2) * m,
+        lambda m: np.ones((5, 5)) @ m,
         lambda m: m * m,
     ],
 )
