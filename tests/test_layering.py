@@ -21,6 +21,7 @@ ROOMS: dict[str, set[str]] = {
     "intervention": {"tracing"},
     "envoy": {"tracing"},
     "models": {"tracing", "intervention", "envoy"},
+    "lens": {"tracing", "intervention", "envoy", "models"},
 }
 HEAVY = ("transformers", "accelerate", "bitsandbytes", "diffusers")
 VAGUE_NAMES = {"util", "utils", "helper", "helpers", "common", "misc"}

@@ -102,10 +102,8 @@ def read_name(root: Any, vocabulary: Any, layer: int, name: str) -> Any:
     if current_tracer() is None:
         raise BlockError.outside(_shown(layer, name))
     here = Here(root, vocabulary, layer)
-    if isinstance(place, Derived):
-        found = place.read(here, vocabulary)
-    else:
-        found = read_spot(here, place)
+    derived = isinstance(place, Derived)
+    found = place.read(here, vocabulary) if derived else read_spot(here, place)
     vocabulary.check(layer, name, found)
     return found
 

@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from ..tracing.errors import InputError, UnavailableNameError
+from .names import Missing
 
 #: TransformerLens, below `blocks.{i}.`.
 LENS: dict[str, str] = {
@@ -147,8 +148,6 @@ def resolve(name: str, layer: int | None, vocabulary: Any) -> tuple[int, str]:
 
 def lens_names(vocabulary: Any) -> dict[str, tuple[int, str]]:
     """Every name of TransformerLens that exists on a model, with what it means, in firing order."""
-    from .names import Missing
-
     found: dict[str, tuple[int, str]] = {}
 
     def has(places: Any, own: str) -> bool:

@@ -13,8 +13,32 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from ..models.factored_matrix import FactoredMatrix, at_least_single, triangular
+from ..models.factored_matrix import FactoredMatrix, at_least_single, composition_scores
 from ..tracing.errors import InputError, ShapeError
+
+__all__ = [
+    "HEAD_DETECTION_PATTERNS",
+    "Slice",
+    "composition_scores",
+    "compute_head_attention_similarity_score",
+    "gelu_fast",
+    "gelu_new",
+    "get_corner",
+    "get_cumsum_along_dim",
+    "get_duplicate_token_head_detection_pattern",
+    "get_induction_head_detection_pattern",
+    "get_previous_token_head_detection_pattern",
+    "is_lower_triangular",
+    "lm_accuracy",
+    "lm_cross_entropy_loss",
+    "relu2",
+    "remove_batch_dim",
+    "repeat_along_head_dimension",
+    "sample_logits",
+    "solu",
+    "to_numpy",
+    "transpose",
+]
 
 SliceInput: TypeAlias = (
     int
@@ -197,60 +221,6 @@ class Slice:
 
 
 # Scores of circuits and heads
-
-
-def composition_scores(
-    left: FactoredMatrix, right: FactoredMatrix, broadcast_dims: bool = True
-) -> torch.Tensor:
-    """How strongly one circuit writes into what another one reads: ‖LR‖ / (‖L‖ ‖R‖), Frobenius norms.
-
-    Args:
-        left: [*left_dims, l, d].
-        right: [*right_dims, d, r].
-        broadcast_dims: whether each left matrix meets each right one. Without, the leading dimensions
-            are broadcast against each other.
-
-    Returns:
-        [*left_dims, *right_dims], or the leading dimensions broadcast: from 0 to 1, and NaN where a
-        matrix is zero.
-
-    Raises:
-        ShapeError: the columns of `left` are not the rows of `right`, or leading dimensions do not fit.
-
-    Source: Elhage et al. 2021, A Mathematical Framework for Transformer Circuits, "Composition".
-    """
-    if left.rdim != right.ldim:
-        raise ShapeError(
-            f"Matrices of shapes {list(left.shape)} and {list(right.shape)} cannot be composed: the "
-            "columns of the first must be the rows of the second."
-        )
-    # Factors with orthonormal columns do not change a norm, so only the small ones are multiplied.
-    upper = triangular(at_least_single(left.A))[1] @ at_least_single(left.B)
-    lower = at_least_single(right.A) @ triangular(at_least_single(right.B).mT)[1].mT
-    norms_left, norms_right = at_least_single(left.norm()), at_least_single(right.norm())
-    if broadcast_dims:
-        norms_left = norms_left.reshape([*norms_left.shape, *[1] * norms_right.ndim])
-        products = _norms_of_all_products(upper, lower)
-    else:
-        FactoredMatrix(upper, lower)  # refuses leading dimensions that do not fit
-        products = torch.linalg.matrix_norm(upper @ lower)
-    scores: torch.Tensor = products / (norms_left * norms_right)
-    return scores.to(left.A.dtype)
-
-
-def _norms_of_all_products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """‖LR‖ of each left matrix and each right one, [*left_dims, *right_dims]."""
-    rows, columns = left.shape[-2], right.shape[-1]
-    shape = (*left.shape[:-2], *right.shape[:-2])
-    if 0 in shape:
-        return left.new_zeros(shape)
-    # All right matrices side by side: [d, n · columns]. One left matrix at a time bounds the memory.
-    beside = right.flatten(0, -3).transpose(0, 1).flatten(1) if right.ndim > 2 else right
-    norms = [
-        torch.linalg.vector_norm((one @ beside).view(rows, -1, columns), dim=(0, 2))
-        for one in left.reshape(-1, rows, left.shape[-1])
-    ]
-    return torch.stack(norms).reshape(shape)
 
 
 def get_previous_token_head_detection_pattern(tokens: torch.Tensor) -> torch.Tensor:

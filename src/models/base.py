@@ -327,8 +327,10 @@ class Model(Envoy):
 
     def __getitem__(self, index: Any) -> Any:
         """A weight or module by unified name, `model["embed.W_E"]`; else as for any module."""
-        if isinstance(index, str) and getattr(self.module_tree(), "config", None) is not None:
-            if index not in self.module_tree()._modules and stacks_of(self.config) is not None:
+        tree = self.module_tree()
+        if isinstance(index, str) and index not in tree._modules:
+            config = getattr(tree, "config", None)
+            if config is not None and stacks_of(config) is not None:
                 return self._model_names().find(index)
         return super().__getitem__(index)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..tracing.errors import InputError, UnavailableNameError
-from .factored_matrix import FactoredMatrix
+from .factored_matrix import FactoredMatrix, composition_scores
 
 _BY_HEAD = {
     "W_Q": "attn.W_Q",
@@ -32,9 +32,9 @@ _OWN = {"W_E": "embed.W_E", "W_pos": "pos_embed.W_pos", "b_U": "unembed.b_U"}
 
 
 class StackedWeights:
-    """Weights of all layers, each a copy: `W_Q` [layer, head, d_model, d_head], `W_in` [layer, d_model, d_mlp].
+    """Copies of the weights of all layers: `W_Q` [layer, head, d_model, d_head] and so on.
 
-    `W_K`, `W_V`, `b_K` and `b_V` are repeated for the query heads that share them; `_W_K` and the others
+    `W_K`, `W_V`, `b_K`, `b_V` are repeated for the query heads that share them; `_W_K` and the others
     with an underscore are not. Biases that a model does not have are zeros; `W_gate` is None without a
     gate. `W_E` [d_vocab, d_model], `W_pos` [n_ctx, d_model], `W_U` [d_model, d_vocab_out] and `b_U` are
     not stacked, and are the model's own memory.
@@ -130,7 +130,7 @@ class StackedWeights:
         if not 0 <= layer <= count or (mlp_input and layer == count):
             raise InputError(f"layer {layer}: the model has layers 0 to {count - 1}")
         b_O, b_out = self.b_O, self.b_out if include_mlp_biases else None
-        total = b_O[: layer + mlp_input].sum(0)
+        total: torch.Tensor = b_O[: layer + mlp_input].sum(0)
         return total if b_out is None else total + b_out[:layer].sum(0)
 
     def all_composition_scores(self, mode: str) -> torch.Tensor:
@@ -147,24 +147,11 @@ class StackedWeights:
             raise InputError(f'mode is "Q", "K" or "V", not {mode!r}')
         left = self.OV
         right = {"Q": lambda: self.QK, "K": lambda: self.QK.T, "V": lambda: self.OV}[mode]()
-        layers, heads = left.A.shape[:2]
-        # (A B)(C D) has the norm of R_A B C L_D for A = Q R and D = L Q: small matrices alone.
-        r_left = torch.linalg.qr(left.A.float())[1]
-        r_right = torch.linalg.qr(right.B.float().transpose(-2, -1))[1].transpose(-2, -1)
-        product = torch.einsum(
-            "lhab,lhbd,mkdc,mkce->lhmkae", *_factors(r_left, left, right, r_right)
-        )
-        scores = product.flatten(-2).norm(dim=-1)
-        norms = left.norm()[:, :, None, None] * right.norm()[None, None]
-        before = torch.arange(layers)[:, None] < torch.arange(layers)[None]
-        mask = before[:, None, :, None].expand(layers, heads, layers, heads).to(scores.device)
-        return torch.where(mask, scores / norms, torch.zeros((), device=scores.device))
+        layers = left.A.shape[0]
+        before = torch.ones(layers, layers, dtype=torch.bool, device=left.A.device).triu(1)
+        return composition_scores(left, right) * before[:, None, :, None]
 
     def all_head_labels(self) -> list[str]:
         """["L0H0", "L0H1", …]"""
         cfg = self._model.cfg
         return [f"L{i}H{h}" for i in range(cfg.n_layers) for h in range(cfg.n_heads)]
-
-
-def _factors(r_left: Any, left: Any, right: Any, r_right: Any) -> tuple[Any, Any, Any, Any]:
-    return r_left, left.B.float(), right.A.float(), r_right

@@ -51,10 +51,15 @@ class CopiedWeight(torch.Tensor):
             with torch.no_grad():
                 parameter.view(-1)[positions.reshape(-1)] = copy.reshape(-1)
             return first
-        if isinstance(result, torch.Tensor) and held is not None and held.home is not None:
-            if torch._C._is_alias_of(result, held.home[0]):  # type: ignore[attr-defined]
-                return _held(result, held.home, "")
+        home = None if held is None else held.home
+        if isinstance(result, torch.Tensor) and home is not None and shares(result, home[0]):
+            return _held(result, home, "")
         return result
+
+
+def shares(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """True if both show the same memory."""
+    return torch._C._is_alias_of(one, other)  # type: ignore[attr-defined, no-any-return]
 
 
 def _held(tensor: torch.Tensor, home: Any, reason: str) -> CopiedWeight:
@@ -86,7 +91,8 @@ def dequantized(module: torch.nn.Module, name: str = "weight") -> torch.Tensor |
         scale = parameter.SCB if parameter.SCB is not None else getattr(state, "SCB", None)
         rows = parameter.data if parameter.dtype == torch.int8 else getattr(state, "CB", None)
         if scale is not None and rows is not None:
-            return rows.float() * (scale.float() / 127.0).unsqueeze(1)
+            result: torch.Tensor = rows.float() * (scale.float() / 127.0).unsqueeze(1)
+            return result
     return None
 
 
@@ -159,7 +165,7 @@ class Weights(MutableMapping[str, torch.Tensor]):
                 oriented(module, weight, self._model.parameter(place), sizes), None, reason
             )
         found: torch.Tensor = oriented(module, weight, parameter, sizes)
-        if torch._C._is_alias_of(found, parameter):  # type: ignore[attr-defined]
+        if shares(found, parameter):
             return found
         positions = torch.arange(parameter.numel(), device=parameter.device)
         positions = oriented(module, weight, positions.view(parameter.shape), sizes)

@@ -32,9 +32,10 @@ _DRAWS = "apply rand normal uniform dropout bernoulli multinomial exponential po
 KINDS = frozenset({READ, CALL, MODULE, PARAMETER, WRITE})
 
 _SRC = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_ROOMS = ("tracing", "envoy", "intervention", "models", "lens")
 # Frames of these folders are never the user's: a module called on a proxy records from inside torch.
 _NOT_THE_USER = (
-    *(os.path.join(_SRC, room) + os.sep for room in ("tracing", "envoy", "intervention", "models")),
+    *(os.path.join(_SRC, room) + os.sep for room in _ROOMS),
     os.path.dirname(os.path.abspath(torch.__file__)) + os.sep,
 )
 _EINOPS = os.sep + os.path.join("site-packages", "einops") + os.sep

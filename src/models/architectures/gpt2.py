@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 
-from ...envoy import Alias
 from ...tracing import Proxy
 from .architecture import Architecture, Part, decoder, third
-from .registry import register
+from .registry import declare_aliases, register
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +33,10 @@ class HeadVectors:
         return part.unflatten(-1, (heads, width // heads)).transpose(1, 2)  # type: ignore[no-any-return]
 
 
-ALIASES: dict[str, dict[str, Alias]] = {
-    "GPT2Attention": {"query": HeadVectors(0), "key": HeadVectors(1), "value": HeadVectors(2)}
-}
+declare_aliases(
+    "GPT2Attention",
+    {"query": HeadVectors(0), "key": HeadVectors(1), "value": HeadVectors(2)},
+)
 
 
 @register("gpt2")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ...envoy.names import Spot
 from .architecture import Architecture, Weight, decoder, interface, router
 from .llama import COMMON
 from .registry import register
@@ -49,8 +50,6 @@ def _every_other(start: int) -> Any:
 
 @register("gpt_oss")
 def gpt_oss(config: Any) -> Architecture:
-    from ...envoy.names import Spot
-
     return decoder(
         **COMMON,
         ln1="input_layernorm",

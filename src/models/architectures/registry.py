@@ -5,16 +5,15 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ...envoy import Alias
-
-if TYPE_CHECKING:
-    from .architecture import Architecture
+from .architecture import Architecture
 
 _DECLARED: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {}
+_ALIASES: dict[str, dict[str, Alias]] = {}
 _read = False
 
 
@@ -34,6 +33,11 @@ def register(
         return function
 
     return declare
+
+
+def declare_aliases(kind: str, aliases: dict[str, Alias]) -> None:
+    """Declare further names on every module of a class."""
+    _ALIASES.setdefault(kind, {}).update(aliases)
 
 
 def _all() -> dict[str, tuple[Callable[..., Any], tuple[str, ...]]]:
@@ -75,6 +79,5 @@ def architecture_of(config: Any, stack: str = "layers") -> Architecture | None:
 
 def alias_of(module: torch.nn.Module, name: str) -> Alias | None:
     """What the architecture declares under `name` on a module of that class."""
-    from . import gpt2
-
-    return gpt2.ALIASES.get(type(module).__name__, {}).get(name)
+    _all()
+    return _ALIASES.get(type(module).__name__, {}).get(name)

@@ -13,10 +13,13 @@ from .architecture import (
     decoder,
     heads,
     interface,
-    kv_heads,
     norm_places,
 )
 from .registry import register
+
+
+def _by_head(weight: Any, sizes: Any) -> Any:
+    return heads(weight, sizes).permute(1, 0, 2)
 
 
 def _stack(config: Any, stack: str) -> Architecture:
@@ -59,13 +62,7 @@ def _stack(config: Any, stack: str) -> Architecture:
     if stack == "decoder":
         block, core = found.blocks[0], "layer.1.EncDecAttention"
         more = {
-            f"cross_attn.W_{name.upper()}": Weight(
-                f"{core}.{name}",
-                "weight",
-                lambda w, sizes, f=kv_heads if name in "kv" else heads: f(w, sizes).permute(
-                    1, 0, 2
-                ),
-            )
+            f"cross_attn.W_{name.upper()}": Weight(f"{core}.{name}", "weight", _by_head)
             for name in "qkv"
         }
         more["cross_attn.W_O"] = Weight(
