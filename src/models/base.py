@@ -42,6 +42,7 @@ from ..tracing.context import Tracer, current_tracer
 from ..tracing.edit import Edit
 from ..tracing.errors import (
     BlockError,
+    InputError,
     LoadError,
     ScheduleError,
     SourceError,
@@ -62,6 +63,7 @@ from .locks import turn_of
 from .scan import Scan
 from .sizes import Sizes
 from .stacked import StackedWeights
+from .verify import NamesReport, verify
 from .vocabulary import Vocabulary, find_vocabulary
 from .weights import dequantized
 
@@ -304,6 +306,29 @@ class Model(Envoy):
     def cfg(self) -> Sizes:
         """Sizes and kinds of the model, in the same words on every architecture."""
         return self._model_names().sizes
+
+    def verify_names(self, *args: Any, strict: bool = True, **kwargs: Any) -> NamesReport:
+        """Check every unified name on this model: existence, shape, the identities that hold among
+        them, the weights, and that an edit of each changes the logits.
+
+        Args:
+            *args, **kwargs: a prompt of one row, as for `trace`.
+            strict: raise for what does not hold; else the report tells.
+
+        Raises:
+            UnavailableNameError: a promise does not hold.
+        """
+        if not args and not kwargs:
+            args, kwargs = self.sample_inputs()
+        reports = [
+            verify(self.vocabulary(stack), args, kwargs, strict=strict)
+            for stack in stacks_of(self.config) or ("layers",)
+        ]
+        return reports[0] if len(reports) == 1 else reports[0].and_also(reports[1:])
+
+    def sample_inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A small prompt for trials."""
+        raise InputError("give a prompt as for `trace`: what this module takes is not known")
 
     @property
     def weights(self) -> StackedWeights:

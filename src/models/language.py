@@ -298,6 +298,13 @@ class LanguageModel(Model):
                     f"the forward of {kind} has no input `{name}`. {near(name, known)}"
                 )
 
+    def sample_inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        rows = self._vocabulary() or 100
+        ids = [(7 * i + 5) % rows for i in range(6)]
+        if self.config.is_encoder_decoder:
+            return (ids,), {"decoder_input_ids": torch.tensor([[(3 * i) % rows for i in range(4)]])}
+        return (ids,), {}
+
     def sample_prompt(self) -> TextPrompt:
         # Long, so that it has the tokens that an edit names.
         return self.prepare(([0] * min(self._reader.limit or 997, 997),), {})

@@ -161,19 +161,22 @@ class Vocabulary:
             return  # the model cannot be measured: what is wrong then shows when it runs
         expected = SHAPES[name]
         if len(shape) != len(expected) or any(
-            size != self._size(axis)
+            size != self.size(axis)
             for size, axis in zip(shape, expected, strict=True)
-            if axis not in _FREE and self._size(axis) is not None
+            if self.size(axis) is not None
         ):
             wanted = ", ".join(
-                axis if axis in _FREE else f"{axis}={self._size(axis)}" for axis in expected
+                axis if axis in _FREE else f"{axis}={self.size(axis)}" for axis in expected
             )
             raise ShapeError(
                 f"`{name}` of {self.kind} would have the shape {list(shape)}, and the name promises "
                 f"[{wanted}]. Its declaration does not fit this model; please report it."
             )
 
-    def _size(self, axis: str) -> int | None:
+    def size(self, axis: str) -> int | None:
+        """How many there are of what an axis counts; None where it depends on the prompt."""
+        if axis in _FREE:
+            return None
         return int(axis) if axis.isdigit() else getattr(self.sizes, axis)
 
     def recorded_weight(self, here: Any, name: str) -> Any:

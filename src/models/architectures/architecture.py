@@ -314,10 +314,16 @@ def expert_output(experts: str, flat: bool = True) -> Place:
     return Derived(read, ("experts_out", "expert_indices", "expert_weights"))
 
 
-def router(gate: str, experts: str, logits: int = 0, weights: int = 1, indices: int = 2) -> Any:
-    """A mixture of experts whose router returns (logits, weights, indices), tokens flattened."""
+def router(gate: str, experts: str, logits: str = "linear_0") -> dict[str, Place]:
+    """A mixture of experts whose router returns (logits, weights, indices), tokens flattened.
+
+    Args:
+        logits: the operation in the router's forward that gives them: those that it returns are used
+            by nobody.
+    """
+    weights, indices = 1, 2
     return {
-        "router_logits": Spot(gate, "output", (logits,), unflattened),
+        "router_logits": Spot(gate, f"source.{logits}.output", (), unflattened),
         "expert_weights": Spot(gate, "output", (weights,), unflattened),
         "expert_indices": Spot(gate, "output", (indices,), unflattened),
         "experts_in": Spot(experts, "input", (), unflattened),
