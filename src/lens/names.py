@@ -28,9 +28,7 @@ _HOMES = {
 _OF_NORMS = ("scale", "normalized")
 
 
-def get_act_name(
-    name: str, layer: int | str | None = None, layer_type: str | None = None
-) -> str:
+def get_act_name(name: str, layer: int | str | None = None, layer_type: str | None = None) -> str:
     """The full name of an activation.
 
     Args:
