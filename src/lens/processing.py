@@ -165,8 +165,7 @@ def state_dict_of(model: LanguageModel) -> dict[str, torch.Tensor]:
     tree, found = model.load(), {}
     for key, home in _homes(model).items():
         if home.present(tree):
-            value = at_least_single(home.weights[home.name].detach().clone())
-            found[key] = value + home.offset if home.offset else value
+            found[key] = home.read()
     return found
 
 
@@ -199,13 +198,16 @@ def load_state_dict_into(model: LanguageModel, state: Mapping[str, torch.Tensor]
                 f"`{key}` has the shape {list(shape)}, and {list(value.shape)} was given"
             )
         values[key] = value
-    with torch.no_grad():
-        _untie(model, homes, values)
+    with model._lock, torch.no_grad():
+        changed = _untie(model, homes, values)
         for key, value in values.items():
             home = homes[key]
             if not home.present(root):
                 home.create(root)
-            home.weights[home.name] = value - home.offset if home.offset else value
+                changed = True
+            home.write(value)
+        if changed:  # what was read of the module's structure is no longer so
+            model._vocabularies, model._schedules, model._skeleton = {}, {}, None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,6 +244,16 @@ class _Home:
         if self.parameter != "bias" or module is None or not _is_projection(module):
             return None
         return _bias_shape(matrix, self.weights[matrix])
+
+    def read(self) -> torch.Tensor:
+        value = at_least_single(self.weights[self.name].detach().clone())
+        return value + self.offset if self.offset else value
+
+    def write(self, value: torch.Tensor) -> None:
+        if not self.offset:
+            self.weights[self.name] = value
+        elif not torch.equal(self.read(), value):  # (w + 1) - 1 would change bits of w
+            self.weights[self.name] = value - self.offset
 
     def create(self, root: torch.nn.Module) -> None:
         """Zeros for the bias of a linear module, which may be that of several weights."""
@@ -288,16 +300,16 @@ def _vocabulary(model: LanguageModel) -> Vocabulary:
 
 def _untie(
     model: LanguageModel, homes: Mapping[str, _Home], values: Mapping[str, torch.Tensor]
-) -> None:
-    """Give the unembedding its own parameter if it is to differ from the embedding."""
+) -> bool:
+    """Give the unembedding its own parameter if it is to differ from the embedding; True then."""
     root = model.load()
     if not _tied(root, homes):
-        return
+        return False
     embed, unembed = homes["embed.W_E"], homes["unembed.W_U"]
     one = values.get("embed.W_E", embed.weights["embed.W_E"])
     other = values.get("unembed.W_U", unembed.weights["unembed.W_U"])
     if torch.equal(one, other.T.to(one.device, one.dtype)):
-        return
+        return False
     head = unembed.module(root)
     assert head is not None
     weight = head.weight
@@ -309,6 +321,7 @@ def _untie(
     if isinstance(pairs, dict):
         path = f"{unembed.weights.path('unembed.W_U')}.weight"
         root.all_tied_weights_keys = {a: b for a, b in pairs.items() if a != path}  # type: ignore[assignment]
+    return True
 
 
 def _tied(root: torch.nn.Module, homes: Mapping[str, _Home]) -> bool:
