@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 from collections import Counter
 from collections.abc import ItemsView, Iterator, KeysView, Sequence, ValuesView
 from typing import Any, Literal, TypeAlias
@@ -23,7 +24,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 
 from ..envoy.names import Missing
-from ..envoy.spellings import lens_names, resolve
+from ..envoy.spellings import LENS, LENS_OWN, lens_names
 from ..models.vocabulary import epsilon
 from ..tracing.errors import InputError, ShapeError, UnavailableNameError, near
 from .functions import Slice, SliceInput
@@ -170,27 +171,20 @@ class ActivationCache:
                 f"`{name}` is not in the cache. {near(name, self.cache_dict)}"
             )
         names = self._names
-        whole = name.removesuffix("_grad")
-        known = {*self.cache_dict, *lens_names(names)}
-        if whole in known:
-            also = "" if whole == name else ", and so were the gradients of the others, if any"
+        exist = lens_names(names)
+        if name.removesuffix("_grad") in exist:
             return UnavailableNameError(
-                f"`{name}` is a name of {names.kind}, but it was not cached{also}. Cache it, too: the "
-                f"cache has {len(self)} names. {near(name, self.cache_dict)}"
+                f"`{name}` is a name of {names.kind}, but it was not cached, as {len(self)} others "
+                "were: cache it, too."
             )
-        try:
-            layer, own = resolve(name, None, names)
-        except UnavailableNameError as error:
-            if "layers" in str(error):
-                return error
-            return UnavailableNameError.unknown(name, names.kind, sorted(known))
-        except InputError:
-            return UnavailableNameError.unknown(name, names.kind, sorted(known))
-        places = names.model_places() if layer < 0 else names.layer_places(layer)
-        place = places.get(own)
+        below = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
+        if below and int(below[1]) >= self._n_layers:
+            return UnavailableNameError.no_layer(int(below[1]), self._n_layers)
+        places = names.layer_places(int(below[1])) if below else names.model_places()
+        place = places.get(LENS.get(below[2], "") if below else LENS_OWN.get(name, ""))
         if isinstance(place, Missing):
             return UnavailableNameError.missing(name, names.kind, place.reason)
-        return UnavailableNameError.unknown(name, names.kind, sorted(known))
+        return UnavailableNameError.unknown(name, names.kind, sorted({*self.cache_dict, *exist}))
 
     # ---------------------------------------------------------------- all activations at once
 

@@ -32,8 +32,8 @@ def get_act_name(name: str, layer: int | str | None = None, layer_type: str | No
     """The full name of an activation.
 
     Args:
-        name: short ("resid_pre", "k", "attn"), with the layer and part ("k6", "scale4ln1"), or the full
-            name itself, which is returned as it is.
+        name: short ("resid_pre", "k", "attn"; "k_grad" for a gradient), with the layer and part ("k6",
+            "scale4ln1"), or the full name itself, which is returned as it is.
         layer: from 0, for names that every block has.
         layer_type: the part of the block, where a name is in several: "ln1", "ln2", "attn" (or "a"),
             "mlp" ("m"), "block" ("b").
@@ -48,9 +48,11 @@ def get_act_name(name: str, layer: int | str | None = None, layer_type: str | No
     joined = re.fullmatch(r"([a-z_]+)(\d+)([a-z]?.*)", name)
     if joined:
         name, layer, layer_type = joined[1], joined[2], joined[3]
-    name = _NAMES.get(name, name)
+    whole = name.removesuffix("_grad")
+    gradient = name[len(whole) :]
+    name = _NAMES.get(whole, whole)
     part = _HOMES.get(name, _PARTS.get(layer_type or "", layer_type or ""))
     if name in _OF_NORMS and layer is None:
-        part = "ln_final"
-    below = f"{part}.hook_{name}" if part else f"hook_{name}"
+        part = part or "ln_final"
+    below = f"{part}.hook_{name}{gradient}" if part else f"hook_{name}{gradient}"
     return below if layer is None else f"blocks.{layer}.{below}"

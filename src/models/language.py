@@ -469,6 +469,8 @@ class LanguageModel(Model):
                 options["past_key_values"], options["use_cache"] = cache, True
                 if one.cut:
                     inputs = _from_token(inputs, one.cut)
+            elif options.get("past_key_values") is not None:
+                inputs = _behind(inputs, options["past_key_values"])
             elif one.starts or (
                 (len(prompts) > 1 or one.touches("skip")) and not self._sees_output(one)
             ):
@@ -643,6 +645,24 @@ def _from_token(inputs: dict[str, Any], cut: int) -> dict[str, Any]:
         positions = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
     rest = {name: tensor[:, cut:] for name, tensor in inputs.items() if name in PER_TOKEN}
     return {**inputs, **rest, "attention_mask": mask, "position_ids": positions[:, cut:]}
+
+
+def _behind(inputs: dict[str, Any], cache: Any) -> dict[str, Any]:
+    """Model inputs that follow the tokens that the user's own cache holds.
+
+    `past_mask` of the cache, where there is one, tells which of them are padding.
+    """
+    mask, past = inputs.get("attention_mask"), cache.get_seq_length()
+    if mask is None or not past:
+        return inputs
+    before = getattr(cache, "past_mask", None)
+    before = mask.new_ones(mask.shape[0], past) if before is None else before.to(mask)
+    whole = torch.cat([before, mask], 1)
+    positions = torch.cumsum(whole, 1).sub(1).clamp_min(0)[:, past:]
+    found = {**inputs, "attention_mask": whole}
+    if "position_ids" in inputs:
+        found["position_ids"] = positions
+    return found
 
 
 def _until_end(ids: torch.Tensor, prompt: int, endings: torch.Tensor | None) -> torch.Tensor:
