@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..models.architectures import Architecture
+from ..models.architectures import Architecture, stacks_of
 from ..models.language import LanguageModel
 from ..models.weights import shares
 from ..tracing.errors import GraftworkError, near
@@ -332,7 +332,9 @@ def config_of(model: LanguageModel) -> HookedTransformerConfig:
     sizes, text = model.cfg, model.config.get_text_config()
     rotary = sizes.positional_embedding_type == "rotary"
     relative = sizes.positional_embedding_type == "relative"
-    norms = model.vocabulary().architecture.block(0).norms if sizes.n_layers else {}
+    vocabulary = model.vocabulary((stacks_of(model.config) or ("layers",))[-1])
+    block = vocabulary.architecture.block(0)
+    inside = {path.rpartition(".")[2] for path in _paths_below(model, vocabulary.layer_path(0))}
     shared = sizes.n_kv_heads
     generates = getattr(model.module_tree(), "can_generate", lambda: True)()
     scale, by_layer = _scale_of(text, sizes.d_head)
@@ -348,15 +350,15 @@ def config_of(model: LanguageModel) -> HookedTransformerConfig:
         d_vocab=sizes.d_vocab,
         d_vocab_out=sizes.d_vocab_out,
         eps=1e-5 if sizes.eps is None else float(sizes.eps),
-        use_attn_scale=scale != 1.0,
-        attn_scale=scale,
+        use_attn_scale=scale is not None,
+        attn_scale=1.0 if scale is None else scale,
         scale_attn_by_inverse_layer_idx=by_layer,
         positional_embedding_type="relative_positional_bias"
         if relative
         else sizes.positional_embedding_type,
         normalization_type=sizes.normalization_type,
         uses_rms_norm=sizes.normalization_type == "RMS",
-        use_normalization_before_and_after={"ln1", "ln1_post"} <= set(norms),
+        use_normalization_before_and_after={"ln1", "ln1_post"} <= set(block.norms),
         parallel_attn_mlp=sizes.parallel_attn_mlp,
         gated_mlp=sizes.gated_mlp,
         n_key_value_heads=None if shared in (0, sizes.n_heads) else shared,
@@ -366,9 +368,8 @@ def config_of(model: LanguageModel) -> HookedTransformerConfig:
         attention_dir="causal" if generates else "bidirectional",
         attn_scores_soft_cap=sizes.attn_scores_soft_cap or _NO_CAP,
         output_logits_soft_cap=sizes.output_logits_soft_cap or _NO_CAP,
-        use_qk_norm=bool(getattr(text, "use_qk_norm", False))
-        or _has_module(model, ("q_norm", "q_layernorm")),
-        use_attention_sinks="attn.sinks" in model.vocabulary().architecture.block(0).weights,
+        use_qk_norm=bool(inside & {"q_norm", "q_layernorm"}),
+        use_attention_sinks="attn.sinks" in block.weights,
         **_window_of(text, sizes.window_size, sizes.n_layers),
         **(_rotation_of(text, sizes.d_head) if rotary else {}),
         init_weights=False,
@@ -382,20 +383,16 @@ def config_of(model: LanguageModel) -> HookedTransformerConfig:
     )
 
 
-def _has_module(model: LanguageModel, names: tuple[str, ...]) -> bool:
-    if not len(model.vocabulary()):
-        return False
-    block = model.module_tree().get_submodule(model.vocabulary().layer_path(0))
-    return any(path.rpartition(".")[2] in names for path, _ in block.named_modules())
+def _paths_below(model: LanguageModel, path: str) -> list[str]:
+    return [name for name, _ in model.module_tree().get_submodule(path).named_modules()]
 
 
-def _scale_of(text: Any, d_head: int) -> tuple[float, bool]:
-    """What scores are divided by, and whether by the number of the layer too."""
+def _scale_of(text: Any, d_head: int) -> tuple[float | None, bool]:
+    """What scores are divided by, None for nothing, and whether by the number of the layer too."""
     by_layer = bool(getattr(text, "scale_attn_by_inverse_layer_idx", False))
     if text.model_type in ("gpt_neo", "t5") or not getattr(text, "scale_attn_weights", True):
-        return 1.0, by_layer
-    scalar = getattr(text, "query_pre_attn_scalar", None)
-    return math.sqrt(scalar or d_head), by_layer
+        return None, by_layer
+    return math.sqrt(getattr(text, "query_pre_attn_scalar", None) or d_head), by_layer
 
 
 def _window_of(text: Any, window: int | None, n_layers: int) -> dict[str, Any]:
@@ -468,7 +465,7 @@ def build(config: HookedTransformerConfig) -> torch.nn.Module:
     do not know.
 
     Returns:
-        GPT2LMHeadModel, LlamaForCausalLM or GPTNeoXForCausalLM, for evaluation, on config.device.
+        GPT2LMHeadModel, LlamaForCausalLM or GPTNeoXForCausalLM, for evaluation, on the CPU.
 
     Raises:
         ConfigError: no class computes it.
@@ -492,8 +489,7 @@ def build(config: HookedTransformerConfig) -> torch.nn.Module:
             head = torch.nn.Linear(config.d_model, config.d_vocab_out, bias=False)
             torch.nn.init.normal_(head.weight, std=module.config.initializer_range)
             module.set_output_embeddings(head.to(config.dtype))
-    module.eval().to(config.device)
-    built: torch.nn.Module = module
+    built: torch.nn.Module = module.eval()
     return built
 
 
