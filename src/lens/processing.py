@@ -96,8 +96,9 @@ def process(
     Steps that do not apply to the architecture are left out with a warning: see `steps_for`.
 
     Raises:
-        ProcessingError: weights are quantized, offloaded or shared; or the factors of the attention
-            matrices cannot be changed, as with rotary positions.
+        ProcessingError: weights are quantized, offloaded or shared; the factors of the attention
+            matrices cannot be changed, as with rotary positions; or a step turned out to change what
+            a model computes whose architecture is not declared, which is tried on a few tokens.
     """
     steps = steps_for(
         model,
@@ -109,15 +110,51 @@ def process(
     )
     root = model.load()
     _refuse(model)
-    with model._lock, torch.no_grad():
-        result = LanguageModel(copy.deepcopy(root), tokenizer=model.tokenizer)
+    with model._lock:
+        module = copy.deepcopy(root)
+    with torch.no_grad():
+        result = LanguageModel(module, tokenizer=model.tokenizer)
         result._names = dict(model._names)
         state, cfg = state_dict_of(result), result.cfg
+        probed = result.vocabulary().architecture.probed
+        expected = _sample(result) if probed else None
         for step, function in _STEPS.items():
             if steps[step]:
                 state = function(state, cfg)
+                if expected is not None:
+                    load_state_dict_into(result, state)
+                    _compare(step, expected, _sample(result))
         load_state_dict_into(result, state)
     return result
+
+
+def _sample(model: LanguageModel) -> torch.Tensor | None:
+    """Logits [token, d_vocab_out] of a few tokens; None in half precision, which shows too little."""
+    root = model.load()
+    training = [module for module in root.modules() if module.training]
+    ids = torch.arange(8, device=model["embed.W_E"].device) * 7 % model.cfg.d_vocab
+    root.eval()
+    try:
+        found: torch.Tensor = root(input_ids=ids[None]).logits[0]
+    finally:
+        for module in training:
+            module.training = True
+    return found if found.dtype in (torch.float32, torch.float64) else None
+
+
+def _compare(step: str, expected: torch.Tensor, found: torch.Tensor | None) -> None:
+    """Raise if a step has changed log-probabilities: what probing saw of a model need not be all.
+
+    The bound is loose, since matrix products may be in reduced precision: a step that does not fit
+    misses it by far.
+    """
+    assert found is not None
+    off = float((expected.log_softmax(-1) - found.log_softmax(-1)).abs().max())
+    if not off < 1e-3 * (1 + float(expected.abs().max())):
+        raise ProcessingError(
+            f"`{step}` changes log-probabilities of this model, which nobody declared, by {off:.2g}: "
+            f"leave it out with `{step}=False`."
+        )
 
 
 def steps_for(

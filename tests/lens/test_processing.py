@@ -31,6 +31,7 @@ from graftwork.lens.processing import (
     state_dict_of,
     steps_for,
 )
+from graftwork.models.architectures import architecture_of, registry
 from graftwork.tracing.errors import GraftworkError, ShapeError, UnavailableNameError
 
 VOCABULARY = 61
@@ -820,3 +821,28 @@ def test_a_second_reader_of_the_final_norm_keeps_norms_from_being_folded() -> No
         one, other = module(ids), process(model).load()(ids)
     assert near(one.logits.log_softmax(-1), other.logits.log_softmax(-1), SINGLE)
     assert near(one.mc_logits, other.mc_logits, SINGLE)
+
+
+@pytest.mark.parametrize("odd", [False, True])
+def test_a_model_that_nobody_declared_is_tried(odd: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def seen(config: Any) -> Any:
+        known = copy.copy(config)
+        known.model_type = "qwen2"
+        return dataclasses.replace(architecture_of(known), probed=True)
+
+    def double(module: torch.nn.Module, given: tuple[torch.Tensor]) -> torch.Tensor:
+        return given[0] * 2
+
+    monkeypatch.setitem(registry._DECLARED, "seen_qwen2", (seen, ("layers",)))
+    module = fresh("qwen2").load().train()
+    module.config.model_type = "seen_qwen2"
+    if odd:  # b_V then counts twice, and no structure that is looked at tells
+        module.get_submodule("model.layers.1.self_attn.o_proj").register_forward_pre_hook(double)
+    model = LanguageModel(module)
+    if odd:
+        with pytest.raises(ProcessingError, match=r"`fold_value_biases` changes log-probabilities"):
+            process(model)
+    result = process(model, fold_value_biases=not odd)
+    assert all(child.training for child in result.load().modules())
+    expected = logits(model).log_softmax(-1)
+    assert off_by(expected, logits(result).log_softmax(-1)) < SINGLE
