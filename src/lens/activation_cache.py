@@ -25,7 +25,8 @@ import torch
 
 from ..envoy.names import Missing
 from ..envoy.spellings import LENS, LENS_OWN, lens_names
-from ..models.vocabulary import epsilon
+from ..models.base import Model
+from ..models.vocabulary import Vocabulary, epsilon
 from ..tracing.errors import InputError, ShapeError, UnavailableNameError, near
 from .functions import Slice, SliceInput
 from .names import get_act_name
@@ -93,7 +94,7 @@ class ActivationCache:
 
     Attributes:
         cache_dict: activations by full name, not copied.
-        model: a graftwork model; None if the cache is used as a dictionary only.
+        model: a `LanguageModel` or `HookedTransformer`; None if the cache is a dictionary only.
         has_batch_dim: whether activations have a batch dimension, always their first.
         has_embed, has_pos_embed: whether embeddings of tokens and of positions were cached.
 
@@ -200,7 +201,8 @@ class ActivationCache:
         """
         self.cache_dict = {name: value.to(device) for name, value in self.cache_dict.items()}
         if move_model:
-            self.model.load().to(device)
+            mover = self.model.load() if isinstance(self.model, Model) else self.model
+            mover.to(device)
         return self
 
     def toggle_autodiff(self, mode: bool = False) -> None:
@@ -532,7 +534,7 @@ class ActivationCache:
     ) -> tuple[torch.Tensor, list[str]]:
         """Contributions of neurons of the first layers, as they are read."""
         parts = [self._neurons(i, neurons, positions, reading).movedim(-2, 0) for i in range(count)]
-        taken = _kept(neurons).indices(self.model.cfg.d_mlp) if count else ()
+        taken = _kept(neurons).indices(self._source.cfg.d_mlp) if count else ()
         labels = [f"L{i}N{neuron}" for i in range(count) for neuron in taken]
         return _joined(parts) if parts else reading(self._no_components(positions)), labels
 
@@ -601,7 +603,7 @@ class ActivationCache:
             ("mlp.b_out", "ln2_post", mlps),
         ):
             for index in range(count):
-                weights = self.model.layers[index]
+                weights = self._source.layers[index]
                 if bias in weights:
                     behind = self._norm_behind(index, norm, positions)
                     total = total + behind(self._weight(index, bias, like).expand_as(like))
@@ -726,24 +728,26 @@ class ActivationCache:
         b_U[token]. With `logit_attrs` of all components it sums to the logit.
 
         Returns:
-            Of the shape of `tokens`.
+            Of the shape of `tokens`, on the device of the activations.
 
         Raises:
             InputError: texts of several tokens, or shapes of tokens that differ.
         """
         directions = self._directions(tokens, incorrect_tokens)
         found = directions.new_zeros(directions.shape[:-1])
-        if "ln_final.b" in self.model:
-            found = directions @ _plain(self.model["ln_final.b"], directions)
-        b_U = _plain(self.model.weights.b_U, directions)
+        if "ln_final.b" in self._source:
+            found = directions @ _plain(self._source["ln_final.b"], directions)
+        b_U = _plain(self._source.weights.b_U, directions)
         found = found + b_U[self._ids(tokens).to(b_U.device)]
         if incorrect_tokens is not None:
             found = found - b_U[self._ids(incorrect_tokens).to(b_U.device)]
-        return found
+        # The cache may have been moved away from the model.
+        where = next((value.device for value in self.cache_dict.values()), found.device)
+        return found.to(where)
 
     def _directions(self, tokens: Tokens, incorrect: Tokens | None) -> torch.Tensor:
         """Columns of the unembedding, [*tokens, d_model], or their differences."""
-        W_U = self.model.weights.W_U
+        W_U = self._source.weights.W_U
         W_U = _plain(W_U, W_U)
         ids = self._ids(tokens).to(W_U.device)
         found = W_U.T[ids]
@@ -769,6 +773,8 @@ class ActivationCache:
         return ids
 
     def _single_token(self, text: str) -> int:
+        if not isinstance(self.model, Model):
+            return int(self.model.to_single_token(text))
         tokenizer = getattr(self.model, "tokenizer", None)
         if tokenizer is None:
             raise InputError(f"The model has no tokenizer: give the id of {text!r} instead.")
@@ -780,16 +786,22 @@ class ActivationCache:
     # ---------------------------------------------------------------- the model
 
     @property
-    def _names(self) -> Any:
-        return self.model._model_names()
+    def _source(self) -> Model:
+        """What has the weights and unified names: the model itself, or the one it is a surface of."""
+        found: Model = self.model if isinstance(self.model, Model) else self.model.model
+        return found
+
+    @property
+    def _names(self) -> Vocabulary:
+        return self._source._model_names()
 
     @property
     def _n_layers(self) -> int:
-        return int(self.model.cfg.n_layers)
+        return int(self._source.cfg.n_layers)
 
     @property
     def _has_mlp(self) -> bool:
-        return self.model.cfg.d_mlp is not None
+        return self._source.cfg.d_mlp is not None
 
     def _is_parallel(self, layer: int) -> bool:
         return bool(self._names.architecture.block(layer).parallel)
@@ -813,7 +825,7 @@ class ActivationCache:
 
     def _sum_up_to(self, layer: int | None, mlp_input: bool = False) -> int:
         """The same, where the stream must be a sum."""
-        if self.model.cfg.post_norm:
+        if self._source.cfg.post_norm:
             raise InputError(
                 f"The residual stream of {self._names.kind} is normalized behind each attention and "
                 "MLP, so it is no sum of what they add."
@@ -821,7 +833,7 @@ class ActivationCache:
         return self._up_to(layer, mlp_input)
 
     def _weight(self, layer: int, name: str, like: torch.Tensor) -> torch.Tensor:
-        return _plain(self.model.layers[layer][name], like)
+        return _plain(self._source.layers[layer][name], like)
 
     def _stream(self, layer: int) -> torch.Tensor:
         """The residual stream before a layer, [*batch, pos, d_model]."""
@@ -862,7 +874,7 @@ class ActivationCache:
             return _Reading()
         scale = positions.apply(self[f"blocks.{layer}.{name}.hook_scale"], -2)
         gain = None
-        if f"{name}.w" in self.model.layers[layer]:
+        if f"{name}.w" in self._source.layers[layer]:
             gain = self._weight(layer, f"{name}.w", scale) + norm.offset
         return _Reading(norm.kind == "LN", scale, gain)
 
@@ -882,20 +894,20 @@ class ActivationCache:
         """[d_model] or [d_model, output] → [d_model, output]."""
         if projection is None:
             return None
-        if projection.ndim not in (1, 2) or len(projection) != self.model.cfg.d_model:
+        if projection.ndim not in (1, 2) or len(projection) != self._source.cfg.d_model:
             raise ShapeError(
                 f"`project_output_onto` has shape {list(projection.shape)}; it is [d_model] or "
-                f"[d_model, output], with d_model={self.model.cfg.d_model}."
+                f"[d_model, output], with d_model={self._source.cfg.d_model}."
             )
         return projection.unsqueeze(-1) if projection.ndim == 1 else projection
 
     def _final_gain(self, like: torch.Tensor) -> torch.Tensor | None:
         """The gain of the final norm, [d_model]; None for ones."""
         norm = self._names.architecture.norm
-        if norm is None or "ln_final.w" not in self.model:
+        if norm is None or "ln_final.w" not in self._source:
             return None
         # Gemma's parameter is the gain minus 1.
-        return _plain(self.model["ln_final.w"], like) + float(norm.offset)
+        return _plain(self._source["ln_final.w"], like) + float(norm.offset)
 
     def _final_norm(self, stack: torch.Tensor) -> torch.Tensor:
         """The final norm of each vector by itself: the same formula as the model's module."""
@@ -904,12 +916,12 @@ class ActivationCache:
             return stack
         wide = stack.float() if stack.dtype in (torch.float16, torch.bfloat16) else stack
         wide = wide - wide.mean(-1, keepdim=True) if norm.kind == "LN" else wide
-        eps = epsilon(self.model.module_tree().get_submodule(norm.path))
+        eps = epsilon(self._source.module_tree().get_submodule(norm.path))
         wide = wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt()
         gain = self._final_gain(wide)
         wide = wide if gain is None else wide * gain
-        if "ln_final.b" in self.model:
-            wide = wide + _plain(self.model["ln_final.b"], wide)
+        if "ln_final.b" in self._source:
+            wide = wide + _plain(self._source["ln_final.b"], wide)
         return wide.to(stack.dtype)
 
 

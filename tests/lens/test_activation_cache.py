@@ -21,6 +21,7 @@ from graftwork import LanguageModel
 from graftwork.envoy.spellings import lens_names
 from graftwork.lens.activation_cache import ActivationCache
 from graftwork.lens.functions import Slice
+from graftwork.lens.hooked_transformer import HookedTransformer
 from graftwork.lens.names import get_act_name
 from graftwork.tracing.errors import InputError, ShapeError, UnavailableNameError
 
@@ -900,6 +901,20 @@ def test_sums_that_are_normalized_are_no_sums() -> None:
 def test_blocks_without_attention_say_so() -> None:
     with pytest.raises(UnavailableNameError, match="a mixer and no attention"):
         cache_of("mamba").decompose_resid()
+
+
+@pytest.mark.parametrize("fold_ln", [False, True])
+def test_cache_of_a_hooked_transformer(fold_ln: bool) -> None:
+    module = copy.deepcopy(model_of("gpt2").load())
+    hooked = HookedTransformer.from_pretrained(
+        "gpt2", hf_model=module, tokenizer=word_tokenizer(), fold_ln=fold_ln
+    )
+    logits, cache = hooked.run_with_cache(ids())
+    assert cache.model is hooked
+    stack = cache.get_full_resid_decomposition(pos_slice=-1)
+    summed = cache.logit_attrs(stack, "w7", pos_slice=-1).sum(0) + cache.logit_bias("w7")
+    torch.testing.assert_close(summed, logits[:, -1, 7], atol=1e-4, rtol=0)
+    assert cache.to("cpu", move_model=True).model is hooked
 
 
 def test_gradients_flow_through_the_methods() -> None:
