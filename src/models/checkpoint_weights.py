@@ -26,7 +26,7 @@ from .weights import Weights, oriented, shares
 logger = logging.getLogger("graftwork")
 
 #: Options of `from_pretrained` with which a model has other weights than its safetensors files.
-_OTHER_WEIGHTS = ("gguf_file", "state_dict", "quantization_config")
+_OTHER_WEIGHTS = ("gguf_file", "quantization_config")
 #: Rows between those of a weight are read with them where they are at most this part of all.
 _BETWEEN = 0.05
 
@@ -114,18 +114,23 @@ def _read(model: Any, path: str, weight: Weight) -> torch.Tensor:
     meta = torch.empty(parameter.shape, device="meta")
     view = oriented(module, weight, meta, sizes)
     with _opened(file) as handle:
-        stored = handle.get_slice(key)
-        if tuple(stored.get_shape()) != tuple(parameter.shape):
+        shape = handle.get_slice(key).get_shape()
+        if tuple(shape) != tuple(meta.shape):
             raise LoadError(
-                f"`{key}` has the shape {list(stored.get_shape())} in {files[key]!r}, and by the "
-                f"configuration it is {list(parameter.shape)}."
+                f"`{key}` has the shape {list(shape)} in {files[key]!r}, and by the configuration it "
+                f"is {list(meta.shape)}."
             )
-        # Slices are views of the mapped file: bytes are read where they are copied, at the end.
-        if shares(view, meta) and meta.ndim in (1, 2):
-            found = _part(stored, meta.shape, view.shape, view.stride(), view.storage_offset())
-        else:
-            found = oriented(module, weight, stored[:], sizes)
-        return found.to(_dtype(checkpoint, skeleton, path, found.dtype), copy=True)
+        if view.numel() == meta.numel() or not shares(view, meta) or meta.ndim > 2:
+            whole = handle.get_tensor(key)
+            whole = whole.to(_dtype(checkpoint, skeleton, path, whole.dtype))
+            found: torch.Tensor = oriented(module, weight, whole, sizes)
+            return found
+    # Slices are views of a mapped file: bytes are read where they are copied, and theirs alone.
+    with _opened(file, mapped=True) as handle:
+        part = _part(
+            handle.get_slice(key), meta.shape, view.shape, view.stride(), view.storage_offset()
+        )
+        return part.to(_dtype(checkpoint, skeleton, path, part.dtype), copy=True)
 
 
 def _files(checkpoint: Checkpoint) -> dict[str, str]:
@@ -178,13 +183,26 @@ def _resolve(checkpoint: Checkpoint, name: str) -> str | None:
 
 
 @contextmanager
-def _opened(path: str) -> Iterator[Any]:
-    """A safetensors file, mapped."""
+def _opened(path: str, mapped: bool = False) -> Iterator[Any]:
+    """A safetensors file.
+
+    Args:
+        mapped: map it into memory: slices are lazy, and whole tensors stay tied to the file.
+    """
     try:
-        with safe_open(path, framework="pt") as handle:
+        with _handle(path, mapped) as handle:
             yield handle
     except SafetensorError as error:
         raise LoadError(f"{os.path.basename(path)} cannot be read: {error}") from error
+
+
+def _handle(path: str, mapped: bool) -> Any:
+    if not mapped:
+        try:
+            return safe_open(path, framework="pt", backend="pread")
+        except TypeError:  # safetensors before 0.8 maps always
+            pass
+    return safe_open(path, framework="pt")
 
 
 # -------------------------------------------------------------------- names
