@@ -612,6 +612,8 @@ class Model(Envoy):
             raise BlockError.stopped_output(graph.stops[0].location)
         work = self.plan_block(tracer)
         module = self.load()
+        for vocabulary in self._vocabularies.values():
+            vocabulary.verify_used(verify)
         if graph.backwards and any(
             child.training and getattr(child, "gradient_checkpointing", False)
             for child in module.modules()

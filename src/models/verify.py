@@ -89,6 +89,7 @@ class Verifier:
         vocabulary: the names.
         args, kwargs: a prompt, as for `trace`; one row.
         layers: which layers; None for all.
+        edited: the names, with their layers, whose edits are tried; None for all.
     """
 
     def __init__(
@@ -97,11 +98,13 @@ class Verifier:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         layers: Iterable[int] | None = None,
+        edited: Iterable[tuple[int, str]] | None = None,
     ) -> None:
         self.vocabulary = vocabulary
         self.model = vocabulary.root
         self.args, self.kwargs = args, kwargs
         self.layers = list(range(len(vocabulary)) if layers is None else layers)
+        self.edited = None if edited is None else set(edited)
         self.findings: list[Finding] = []
         self.missing: dict[str, str] = {}
 
@@ -246,6 +249,7 @@ class Verifier:
                 if bias in weights:
                     made = made + weights[bias]
                 self._equal(layer, f"{which}_pre", f"{key} makes it of attn_in", made, found[1])
+        self._check_projected(layer)
         first = "mlp.W_gate" if "mlp.W_gate" in weights else "mlp.W_in"
         self._check_linear(layer, "mlp_in", first, "mlp_pre")
         if first == "mlp.W_gate":
@@ -286,17 +290,57 @@ class Verifier:
                 self._equal(layer, name, f"{name} is the sum of its parts", made, there)
         mixer = self._get(layer, "resid_pre", "mixer_out", "resid_post")
         if mixer:
+            end = "resid_post"
+            if middle:  # an MLP stands behind the mixer
+                end, mixer = "resid_mid", [*mixer[:2], *middle]
+                after = self._get(layer, "resid_mid", "mlp_out", "resid_post")
+                if after:
+                    self._equal(
+                        layer,
+                        "resid_post",
+                        "resid_post is the sum of its parts",
+                        after[0] + after[1],
+                        after[2],
+                    )
             self._equal(
-                layer,
-                "mixer_out",
-                "resid_post = resid_pre + mixer_out",
-                mixer[0] + mixer[1],
-                mixer[2],
+                layer, "mixer_out", f"{end} = resid_pre + mixer_out", mixer[0] + mixer[1], mixer[2]
             )
         after = self._get(layer + 1, "resid_pre")
         here = self._get(layer, "resid_post")
         if after and here:
             self._equal(layer, "resid_post", "is the next resid_pre", here[0], after[0])
+
+    def _check_projected(self, layer: int) -> None:
+        """What is projected is what attention takes, where nothing is done to it on the way."""
+        place = self.vocabulary.layer_places(layer).get("v")
+        path = getattr(place, "path", "")
+        prefix = self.vocabulary.layer_path(layer)
+        attention = self.model.submodule(f"{prefix}.{path}" if path else prefix)
+        normed = {n for n, c in attention.named_modules() if "norm" in type(c).__name__.lower()}
+        own = {name.split(".")[-1] for name in normed}
+        for which in "qkv":
+            found = self._get(layer, f"{which}_pre", which)
+            if not found or found[0].shape != found[1].shape:
+                continue
+            one, other = (value.double() for value in found)
+            rotary = self.vocabulary.sizes.positional_embedding_type == "rotary"
+            if which == "v":
+                if any(name.startswith(("v_", "value")) for name in own):
+                    continue
+                limit = getattr(getattr(self.model, "config", None), "clip_qkv", None)
+                if limit is not None:
+                    one = one.clamp(-limit, limit)
+                self._equal(layer, "v_pre", "v_pre = v", one, other)
+            elif not own and not rotary:
+                factor = float((one * other).sum() / (one * one).sum().clamp_min(1e-12))
+                promise = f"{which}_pre = {which}, but for one factor"
+                self._equal(layer, f"{which}_pre", promise, one * factor, other)
+            elif not own:
+                # Turned by its position, a head's vector keeps its length.
+                one, other = (value.norm(dim=-1) for value in (one, other))
+                one, other = (value / value.sum(-1, keepdim=True) for value in (one, other))
+                promise = f"heads of {which} are as long as those of {which}_pre"
+                self._equal(layer, f"{which}_pre", promise, one, other)
 
     def _check_scores(self, layer: int, scores: Any, q: Any, k: Any) -> None:
         """Scores are q · k times one factor, where nothing else is added."""
@@ -369,6 +413,8 @@ class Verifier:
     def _check_edits(self) -> None:
         """A change of each name changes the logits."""
         names = [key for key in self.values if key[1] not in _COUNTED and key[1] != "embed"]
+        if self.edited is not None:
+            names = [key for key in names if key in self.edited]
         changed: dict[tuple[int, str], Any] = {}
         generator = torch.Generator().manual_seed(0)
 
@@ -417,13 +463,17 @@ def verify(
     kwargs: dict[str, Any],
     layers: Iterable[int] | None = None,
     strict: bool = True,
+    edited: Iterable[tuple[int, str]] | None = None,
 ) -> NamesReport:
     """Check every name of a vocabulary.
+
+    Args:
+        layers, edited: as for `Verifier`.
 
     Raises:
         UnavailableNameError: with `strict`, where a promise does not hold.
     """
-    report = Verifier(vocabulary, args, kwargs, layers).run()
+    report = Verifier(vocabulary, args, kwargs, layers, edited).run()
     if strict and not report.ok:
         raise UnavailableNameError(str(report))
     return report

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextvars
 import functools
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,8 +16,11 @@ from ..tracing.errors import GraftworkError, ShapeError, UnavailableNameError
 from ..tracing.node import PARAMETER
 from ..tracing.proxy import Proxy, record_node
 from .architectures import Architecture, Norm, architecture_of, stacks_of
+from .architectures.probe import probe
 from .sizes import Sizes, sizes_of
 from .weights import Weights, is_linear
+
+logger = logging.getLogger("graftwork")
 
 #: Shapes of the names, axes from the left; numbers and sizes of the model are checked.
 SHAPES: dict[str, tuple[str, ...]] = {
@@ -78,6 +83,8 @@ class Vocabulary:
         self._paths = [f"{architecture.layers}.{name}" for name in blocks._modules]
         self.sizes: Sizes = sizes_of(root.config, tree, architecture, len(self._paths))
         self._checked: set[tuple[int, str]] = set()
+        self._unverified: set[tuple[int, str]] = set()
+        self._verified: set[tuple[int, str]] = set()
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -150,6 +157,8 @@ class Vocabulary:
         Raises:
             ShapeError: it is another one; then nothing has run.
         """
+        if self.architecture.probed and (layer, name) not in self._verified:
+            self._unverified.add((layer, name))
         if (layer, name) in self._checked or name not in SHAPES or not isinstance(value, Proxy):
             return
         self._checked.add((layer, name))
@@ -171,6 +180,42 @@ class Vocabulary:
             raise ShapeError(
                 f"`{name}` of {self.kind} would have the shape {list(shape)}, and the name promises "
                 f"[{wanted}]. Its declaration does not fit this model; please report it."
+            )
+
+    def verify_used(self, verify: Callable[..., Any]) -> None:
+        """Check the names of a probed architecture that blocks used since the last time, once each.
+
+        Args:
+            verify: gives the report of what does not hold, see `graftwork.models.verify`.
+
+        Raises:
+            UnavailableNameError: one of them is not what it promises. It is refused from then on, too.
+        """
+        used = self._unverified
+        if not used:
+            return
+        # What the check itself uses is not to be checked again.
+        self._unverified = set()
+        self._verified |= used
+        root = self.root
+        edits, root._edits = root._edits, None
+        try:
+            args, kwargs = root.sample_inputs()
+            layers = sorted({layer for layer, _ in used if layer >= 0})
+            # In a context of its own, as a block may be open.
+            report = contextvars.Context().run(
+                verify, self, args, kwargs, layers, strict=False, edited=used
+            )
+        finally:
+            root._edits = edits
+            self._unverified = set()
+        wrong = [one for one in report.wrong if (one.layer, one.name) in used]
+        if wrong:
+            self._verified -= {(one.layer, one.name) for one in wrong}
+            raise UnavailableNameError(
+                f"nothing is declared for `{root.config.model_type}`, and a name that was found by "
+                f"looking at it is wrong: use modules instead, or `register` a declaration, see "
+                f"graftwork.models.architectures.\n{type(report)(self.kind, wrong, {})}"
             )
 
     def size(self, axis: str) -> int | None:
@@ -277,7 +322,8 @@ def find_vocabulary(root: Any, stack: str = "layers") -> Vocabulary:
     """The vocabulary of a model.
 
     Raises:
-        UnavailableNameError: it is no transformers model, or its architecture is not known.
+        UnavailableNameError: it is no transformers model, or nothing is declared for it and what could
+            be found by looking at it is no stack of blocks.
     """
     config = getattr(root, "config", None)
     if config is None or not hasattr(config, "model_type"):
@@ -287,10 +333,17 @@ def find_vocabulary(root: Any, stack: str = "layers") -> Vocabulary:
         )
     stacks = stacks_of(config)
     if stacks is None:
-        raise UnavailableNameError(
-            f"nothing is declared for `{config.model_type}`: `register` a declaration of it, see "
-            "graftwork.models.architectures."
+        if stack != "layers":
+            raise UnavailableNameError(
+                f"nothing is declared for `{config.model_type}`, so that only `model.layers` is known."
+            )
+        found = Vocabulary(root, probe(root))
+        logger.warning(
+            "nothing is declared for `%s`: its names were found by looking at it, and are checked when "
+            "a block first uses them. `print(model.layers[0].support())` shows them",
+            config.model_type,
         )
+        return found
     if stack not in stacks:
         named = " and ".join(f"`model.{one}_layers`" for one in stacks)
         raise UnavailableNameError(f"this model has several stacks of layers: use {named}.")

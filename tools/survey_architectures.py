@@ -1,0 +1,187 @@
+"""Which unified names hold on which causal language models: writes docs/architectures.md.
+
+Every type of `tiny_models` is built small with random weights, and `verify_names` checks each name
+against what it promises. Names that do not keep it are taken out, and the rest is checked again, until
+all that remains holds. Each type runs in a process of its own, with a time limit.
+
+    python tools/survey_architectures.py                  # all types, writes the page
+    python tools/survey_architectures.py granite stablelm # these types, prints what was found
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import dataclasses
+import json
+import logging
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
+SECONDS = 240
+PROCESSES = 2
+
+NAMES = (
+    "resid_pre resid_mid resid_post attn_in attn_out mlp_in mlp_out q k v scores pattern z head_out"
+    " mlp_pre mlp_post"
+).split()
+ATTENTION = {"attn_in", "attn_out", "q", "k", "v", "scores", "pattern", "z", "head_out"}
+NEURONS = {"mlp_pre", "mlp_post"}
+MLP = {"mlp_in", "mlp_out", *NEURONS}
+
+#: Parts of the reasons why an architecture cannot have a name; then its absence does not count.
+CANNOT = (
+    "parallel here",
+    "adds once",
+    "its neurons are those of experts",
+    "has a mixer and no",
+    "has no MLP",
+    "no MLP was seen",
+)
+
+
+# -------------------------------------------------------------------- one type
+
+
+def survey(model_type: str) -> dict[str, Any]:
+    """What holds on a tiny model of a type."""
+    import torch
+    import transformers
+    from tiny_models import tiny
+
+    from graftwork import LanguageModel
+    from graftwork.envoy.names import Missing
+    from graftwork.models.vocabulary import Vocabulary
+
+    transformers.logging.set_verbosity_error()
+    logging.getLogger("graftwork").setLevel(logging.ERROR)
+    torch.manual_seed(0)
+    module = tiny(model_type)
+    model = LanguageModel(module)
+    vocabulary = model.vocabulary()
+    dropped: dict[str, str] = {}
+    for _ in range(12):
+        report = model.verify_names(strict=False)
+        if report.ok:
+            break
+        wrong: dict[str, str] = {}
+        for one in report.wrong:
+            wrong.setdefault(one.name, f"{one.promise}: {one.reason}")
+        dropped.update({name: why for name, why in wrong.items() if name not in dropped})
+        gone = {
+            name: Missing(f"it was found, but this did not hold: {why}")
+            for name, why in wrong.items()
+        }
+        old = vocabulary.architecture
+        blocks = tuple(
+            dataclasses.replace(block, places={**block.places, **_only(gone, block.places)})
+            for block in old.blocks
+        )
+        places = {**old.places, **_only(gone, old.places)}
+        vocabulary = Vocabulary(model, dataclasses.replace(old, blocks=blocks, places=places))
+        model._vocabularies = {"layers": vocabulary}
+    else:
+        raise RuntimeError(f"names are wrong again and again: {report}")
+    found: dict[str, str] = {}
+    kinds = []
+    for index in range(len(vocabulary)):
+        block = vocabulary.architecture.block(index)
+        reasons = {
+            name: place.reason
+            for name, place in block.places.items()
+            if name in NAMES and isinstance(place, Missing)
+        }
+        reasons.update({n: "it is not declared" for n in NAMES if n not in block.places})
+        if reasons not in kinds:
+            kinds.append(reasons)
+    for name in NAMES:
+        missing = [reasons[name] for reasons in kinds if name in reasons]
+        if len(missing) == len(kinds):
+            found[name] = missing[0]
+        elif missing:
+            found[name] = f"in some layers: {missing[0]}"
+    return {
+        "type": model_type,
+        "class": type(module).__name__,
+        "probed": vocabulary.architecture.probed,
+        "missing": found,
+        "kinds": kinds,
+        "dropped": dropped,
+        "names": report.names,
+        "checks": len(report.findings),
+    }
+
+
+def _only(gone: dict[str, Any], places: Any) -> dict[str, Any]:
+    return {name: place for name, place in gone.items() if name in places}
+
+
+def lacks(result: dict[str, Any]) -> dict[str, str]:
+    """Names that the architecture could have and that do not hold, with the reason."""
+    found: dict[str, str] = {}
+    for reasons in result["kinds"]:
+        for name, reason in reasons.items():
+            if not any(part in reason for part in CANNOT):
+                found.setdefault(name, reason)
+    return found
+
+
+# -------------------------------------------------------------------- all types
+
+
+def attempt(model_type: str) -> dict[str, Any]:
+    """The survey of a type in its own process."""
+    command = [sys.executable, __file__, "--one", model_type]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        return {"type": model_type, "error": f"it took more than {SECONDS} s"}
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if lines:
+        return dict(json.loads(lines[-1]))
+    last = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
+    return {"type": model_type, "error": last[:400]}
+
+
+def one(model_type: str) -> None:
+    try:
+        result = survey(model_type)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:400]
+        result = {"type": model_type, "error": f"{type(error).__name__}: {reason}"}
+    print(json.dumps(result), flush=True)
+
+
+def main(arguments: list[str]) -> int:
+    if arguments[:1] == ["--one"]:
+        one(arguments[1])
+        return 0
+    from tiny_models import causal_types
+
+    types = [a for a in arguments if not a.startswith("-")] or causal_types()
+    results = []
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        for result in pool.map(attempt, types):
+            results.append(result)
+            gaps = {} if "error" in result else lacks(result)
+            print(
+                result["type"],
+                result.get("error") or ("in full" if not gaps else json.dumps(gaps)),
+                flush=True,
+            )
+    full = [r for r in results if "error" not in r and not lacks(r)]
+    print(f"{len(full)} of {len(results)} in full")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
