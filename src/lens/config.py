@@ -98,7 +98,7 @@ class HookedTransformerConfig:
         dtype: a torch.dtype, or its name.
 
     Raises:
-        ConfigError: a value is not known, or sizes contradict each other.
+        ConfigError: a field or a value is not known, or sizes contradict each other.
 
     Source: TransformerLens, config/hooked_transformer_config.py; `NTK`, `yarn` and `rotary` fields hold
     the parameters of rotary positions.
@@ -196,6 +196,14 @@ class HookedTransformerConfig:
     n_devices: int = 1
     dtype: torch.dtype = torch.float32
 
+    def __new__(cls, *args: Any, **fields: Any) -> HookedTransformerConfig:
+        # Before the dataclass' own __init__, which would know no name that is near.
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in fields:
+            if name not in known:
+                raise ConfigError.unknown(name, known)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         for name, known in (
             ("positional_embedding_type", _POSITIONS),
@@ -272,15 +280,12 @@ class HookedTransformerConfig:
         """
         fields = {field.name: field for field in dataclasses.fields(cls)}
         given = {name: value for name, value in config_dict.items() if name != "n_params"}
-        for name in given:
-            if name not in fields:
-                raise ConfigError.unknown(name, fields)
         missing = [
             name
             for name, field in fields.items()
             if name not in given and field.default is dataclasses.MISSING
         ]
-        if missing:
+        if missing and not set(given) - set(fields):
             raise ConfigError(f"HookedTransformerConfig needs {', '.join(missing)}.")
         return cls(**given)
 

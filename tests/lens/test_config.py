@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import math
+import pickle
 import random
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -168,6 +171,16 @@ def test_fields_that_cannot_be_are_refused(changes: dict[str, Any], message: str
 def test_an_unknown_field_is_refused_with_near_names() -> None:
     with pytest.raises(ConfigError, match=r"`n_layer` is no field.*Did you mean `n_layers`"):
         HookedTransformerConfig.from_dict({**COMMON, "n_layer": 2})
+    with pytest.raises(ConfigError, match=r"`initialiser_range`.*Did you mean `initializer_range`"):
+        config(initialiser_range=0.1)
+    with pytest.raises(ConfigError, match=r"`n_layer` is no field"):
+        HookedTransformerConfig.from_dict({"n_layer": 2, "d_model": 8})
+
+
+def test_configurations_are_copied_and_pickled() -> None:
+    asked = config("llama", attn_types=["local", "global"], window_size=4)
+    for twin in (copy.deepcopy(asked), pickle.loads(pickle.dumps(asked)), replace(asked)):
+        assert twin == asked and twin is not asked
 
 
 def test_missing_fields_and_names_of_models_are_refused() -> None:
