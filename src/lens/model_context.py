@@ -297,6 +297,11 @@ class ModelContext:
 
     # ---------------------------------------------------------------- the model
 
+    @property
+    def model(self) -> Any:
+        """The model as it is: a skeleton until its weights are loaded."""
+        return self._model
+
     def get_or_create_model(self) -> Any:
         """The model, a `LanguageModel` if it was given by name, with its weights loaded.
 
@@ -397,7 +402,7 @@ class ModelContext:
             )
         weight = read_weight(self._model, layer, name)
         if location in _GAINS:
-            norm = norms[name.split(".")[0]]
+            norm = norms.get(name.split(".")[0])
             return weight + norm.offset if norm is not None and norm.offset else weight
         if location in (WeightLocationType.ATTN_TO_KEY, WeightLocationType.ATTN_TO_VALUE):
             shared = self.n_attention_heads // weight.shape[0]
@@ -564,6 +569,10 @@ class StubModelContext(ModelContext):
 
     def _get_weight_helper(self, location: WeightLocationType, layer: LayerIndex) -> torch.Tensor:
         raise self._nothing("weights")
+
+    @property
+    def model(self) -> Any:
+        raise self._nothing("model")
 
     def get_or_create_model(self) -> Any:
         raise self._nothing("model")

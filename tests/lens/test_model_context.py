@@ -184,7 +184,7 @@ def test_weights_are_those_of_the_module_before_and_after_loading(
     module = build(kind)
     module.save_pretrained(tmp_path, max_shard_size=shard)
     context = ModelContext.from_model_type(str(tmp_path), device="cpu")
-    model = context._model
+    model = context.model
     for loaded in (False, True):
         if loaded:
             assert context.get_or_create_model() is model
@@ -293,7 +293,7 @@ def test_an_axis_that_the_weight_does_not_have_is_refused(
 ) -> None:
     with pytest.raises(InputError, match=message):
         tiny.get_weight(W.MLP_TO_HIDDEN, 0, normalize_dim=dimension)
-    assert not tiny._model.loaded
+    assert not tiny.model.loaded
 
 
 def test_an_axis_that_a_weight_has_twice_is_refused(
@@ -327,8 +327,8 @@ def test_unembedding_with_gain_gives_the_logits_of_a_normalized_stream(kind: str
     found = get_unembedding_with_ln_gain(context)
     assert found.shape == (16, 61)
     with context.get_or_create_model().trace([1, 2, 3]):
-        normalized = context._model.ln_final_normalized.save()
-        logits = context._model.logits.save()
+        normalized = context.model.ln_final_normalized.save()
+        logits = context.model.logits.save()
     torch.testing.assert_close(normalized.value @ found, logits.value, rtol=1e-4, atol=1e-4)
 
 
@@ -385,7 +385,7 @@ def test_sizes_are_known_without_weights(tiny: ModelContext) -> None:
     assert tiny.n_context == 256
     assert tiny.get_dim_size("query_and_key_channels") == tiny.get_dim_size(D.VALUE_CHANNELS) == 16
     assert tiny.get_shape_from_spec((D.LAYERS, D.SINGLETON, D.MLP_ACTS)) == (4, 1, 512)
-    assert not tiny._model.loaded
+    assert not tiny.model.loaded
 
 
 @pytest.mark.parametrize("dimension", [one for one in D if not one.is_model_intrinsic])
@@ -449,6 +449,7 @@ def test_a_stub_holds_sizes_and_nothing_else() -> None:
     for use in (
         lambda: stub.get_weight(W.MLP_TO_HIDDEN, 1),
         stub.get_or_create_model,
+        lambda: stub.model,
         stub.get_encoding,
         stub.get_model_config_as_dict,
         lambda: stub.encode("a"),
