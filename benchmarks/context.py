@@ -1,8 +1,8 @@
 """What one weight of a 70B-shaped model costs before the model is loaded: bytes, time and memory.
 
 The checkpoint has the shapes and shards of Llama 3 70B and holds zeros only, as sparse files that take
-no space on the disk. Bytes are those that the process asks the system for (Linux); what a disk reads ahead
-of them is not counted. Each weight is read in a process of its own.
+no space on the disk. Bytes are those that the process asks the system for (Linux); what a disk reads
+ahead of them is not counted. Each weight is read in a process of its own.
 
     OMP_NUM_THREADS=1 python benchmarks/context.py
 """
