@@ -3,97 +3,196 @@
 Each is a view of one place of the forward: read, it is computed from values and weights there;
 changed, the change is carried to that place, so that the computation goes on as if its own formula
 had given the changed value.
+
+Neither can be read off the place again: the sum of heads does not tell its terms. So a name is a part
+of a state, the place's value with what was computed beside it, which keeps the changes. Within an
+invoke there is one state for a place, whose parts stay right when one of them is changed, and later
+reads of the name show earlier changes.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from ..tracing.node import HookPoint
 from ..tracing.operations import VIEW, Operation
 from ..tracing.proxy import Proxy, record
+from ..tracing.structure import leaves
 
 
-def _head_out(whole: Any, z: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return torch.einsum("bthe,hed->bthd", z, weight.to(z.dtype))
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Derivation:
+    """How a name is computed.
+
+    Attributes:
+        state: from the place's value and arguments, a tuple: that value, what was computed, ….
+        part: the name, as a view of the state.
+    """
+
+    state: Operation
+    part: Operation
 
 
-def _put_head_out(whole: Any, part: Any, z: Any, weight: Any) -> Any:
-    return whole + (part - _head_out(whole, z, weight)).sum(2)
+def _state(name: str, function: Callable[..., tuple[Any, ...]]) -> Operation:
+    return Operation(name, function, VIEW, inverse=lambda whole, state, *_: state[0])
+
+
+def _part(
+    state: Operation, name: str, index: int, put: Callable[[Any, Any], tuple[Any, ...]]
+) -> Derivation:
+    return Derivation(state, Operation(name, lambda state: state[index], VIEW, inverse=put))
+
+
+def _replaced(whole: Any, new: Any, old: Any, made: Callable[[Any], Any]) -> Any:
+    """`made(new)` where it differs from `made(old)`, and elsewhere the numbers of `whole`, which are
+    made of `old` but for rounding; gradients are those of `made(new)` everywhere."""
+    after, before = made(new), made(old)
+    same = whole + (after - before)
+    return torch.where(after == before, same, after).to(whole.dtype)
+
+
+# -------------------------------------------------------------------- sums
+
+
+def _head_out(whole: Any, z: torch.Tensor, weight: torch.Tensor) -> tuple[Any, ...]:
+    return whole, torch.einsum("bthe,hed->bthd", z, weight.to(z.dtype))
+
+
+def _put_term(state: Any, part: Any) -> tuple[Any, ...]:
+    whole, before = state
+    return whole + (part - before).sum(2), part
 
 
 #: What each head adds: out-projection's output, z [batch, token, head, d_head] and W_O.
-HEAD_OUT = Operation("head_out", _head_out, VIEW, inverse=_put_head_out)
+HEAD_OUT = _part(_state("with head_out", _head_out), "head_out", 1, _put_term)
 
 
-def _expert_out(whole: Any, parts: Any) -> torch.Tensor:
-    return torch.stack(list(parts), 2)
-
-
-def _put_expert_out(whole: Any, part: Any, parts: Any) -> Any:
-    return whole + (part - _expert_out(whole, parts)).sum(2)
+def _expert_out(whole: Any, parts: Any) -> tuple[Any, ...]:
+    return whole, torch.stack(list(parts), 2)
 
 
 #: What each chosen expert adds: their sum [batch, token, d_model], and each alone.
-EXPERT_OUT = Operation("expert_out", _expert_out, VIEW, inverse=_put_expert_out)
+EXPERT_OUT = _part(_state("with expert_out", _expert_out), "expert_out", 1, _put_term)
 
 
-def _centered(x: torch.Tensor, kind: str) -> torch.Tensor:
+# -------------------------------------------------------------------- norms
+
+
+def _normalize(x: torch.Tensor, eps: float, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and normalized input, in single precision at least."""
     x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    return x - x.mean(-1, keepdim=True) if kind == "LN" else x
+    x = x - x.mean(-1, keepdim=True) if kind == "LN" else x
+    scale = (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+    return scale, x / scale
 
 
-def _scale(whole: Any, x: torch.Tensor, weight: Any, bias: Any, eps: float, kind: str) -> Any:
-    return (_centered(x, kind).pow(2).mean(-1, keepdim=True) + eps).sqrt().to(whole.dtype)
-
-
-def _finish(whole: Any, normalized: Any, weight: Any, bias: Any) -> Any:
-    result = normalized
-    if weight is not None:
-        result = result * weight
-    return (result if bias is None else result + bias).to(whole.dtype)
-
-
-def _put_scale(whole: Any, part: Any, x: Any, weight: Any, bias: Any, eps: Any, kind: str) -> Any:
-    return _finish(whole, _centered(x, kind) / part, weight, bias)
-
-
-def _normalized(whole: Any, x: torch.Tensor, weight: Any, bias: Any, eps: float, kind: str) -> Any:
-    centered = _centered(x, kind)
-    return (centered / (centered.pow(2).mean(-1, keepdim=True) + eps).sqrt()).to(whole.dtype)
-
-
-def _put_normalized(
-    whole: Any, part: Any, x: Any, weight: Any, bias: Any, eps: Any, kind: str
-) -> Any:
-    return _finish(whole, part, weight, bias)
-
-
-#: What a norm divides by [..., 1]: its output, input, gain, bias, epsilon, and "LN" or "RMS".
-NORM_SCALE = Operation("norm_scale", _scale, VIEW, inverse=_put_scale)
-#: The same before gain and bias.
-NORMALIZED = Operation("normalized", _normalized, VIEW, inverse=_put_normalized)
-
-
-def _by_head(whole: Any, resid: torch.Tensor, *_: Any) -> torch.Tensor:
-    return resid.unsqueeze(2).expand(-1, -1, whole.shape[2], -1)
-
-
-def _put_by_head(
-    whole: Any, part: Any, resid: Any, norm: Any, weight: Any, bias: Any, eps: float, kind: str
-) -> Any:
-    gain, shift = norm
-    normed = _finish(part, _normalized(part, part, None, None, eps, kind), gain, shift)
-    result = torch.einsum("bthd,hde->bthe", normed, weight.to(normed.dtype))
+def _finish(normalized: Any, weight: Any, bias: Any) -> Any:
+    result = normalized if weight is None else normalized * weight
     return result if bias is None else result + bias
+
+
+def _norm(
+    whole: Any, x: torch.Tensor, weight: Any, bias: Any, eps: float, kind: str
+) -> tuple[Any, ...]:
+    scale, normalized = _normalize(x, eps, kind)
+    return whole, scale.to(whole.dtype), normalized.to(whole.dtype), weight, bias
+
+
+def _put_scale(state: Any, part: Any) -> tuple[Any, ...]:
+    _, scale, normalized, *_ = state
+    whole, _, *others = _put_normalized(state, normalized * (scale / part))
+    return whole, part, *others
+
+
+def _put_normalized(state: Any, part: Any) -> tuple[Any, ...]:
+    whole, scale, before, weight, bias = state
+    whole = _replaced(whole, part, before, lambda value: _finish(value, weight, bias))
+    return whole, scale, part, weight, bias
+
+
+_NORM = _state("with norm", _norm)
+#: What a norm divides by [..., 1]: its output, input, gain, bias, epsilon, and "LN" or "RMS".
+NORM_SCALE = _part(_NORM, "norm_scale", 1, _put_scale)
+#: The same before gain and bias.
+NORMALIZED = _part(_NORM, "normalized", 2, _put_normalized)
+
+
+# -------------------------------------------------------------------- inputs by head
+
+
+def _by_head(whole: Any, resid: torch.Tensor, *args: Any) -> tuple[Any, ...]:
+    return whole, resid.unsqueeze(2).expand(-1, -1, whole.shape[2], -1), *args
+
+
+def _put_by_head(state: Any, part: Any) -> tuple[Any, ...]:
+    whole, before, norm, weight, bias, eps, kind = state
+    gain, shift = norm
+
+    def projected(resid: Any) -> Any:
+        normed = _finish(_normalize(resid, eps, kind)[1].to(resid.dtype), gain, shift)
+        result = torch.einsum("bthd,hde->bthe", normed, weight.to(normed.dtype))
+        return result if bias is None else result + bias
+
+    whole = _replaced(whole, part, before, projected)
+    return whole, part, norm, weight, bias, eps, kind
 
 
 #: The residual stream as each head takes it: projected queries (or keys, values) by head, resid_pre,
 #: gain and bias of the norm, the projection's weight and bias by head, epsilon, kind of the norm.
-HEAD_INPUT = Operation("head_input", _by_head, VIEW, inverse=_put_by_head)
+HEAD_INPUT = _part(_state("with head_input", _by_head), "head_input", 1, _put_by_head)
 
 
-def derive(operation: Operation, whole: Proxy, *args: Any) -> Any:
-    """The view `operation` of `whole`, recorded."""
-    return record(whole._recording, operation, (whole, *args), {})
+# -------------------------------------------------------------------- in a block
+
+
+def derive(
+    derivation: Derivation,
+    whole: Proxy,
+    *args: Any,
+    name: str = "",
+    made_of: tuple[Any, ...] = (),
+) -> Any:
+    """The name `derivation` of what is at `whole`, recorded.
+
+    Args:
+        *args: what else it is computed from.
+        name: tells apart several of one kind at one place.
+        made_of: what `args` are computed from.
+    """
+    label = f"{name} {_versions((*args, *made_of))}"
+    state = _once(derivation.state, whole, args, label, whole)
+    return _once(derivation.part, state, (), label, whole)
+
+
+def _once(operation: Operation, of: Proxy, args: tuple[Any, ...], label: str, whole: Proxy) -> Any:
+    """A view, the same for all who ask for it in an invoke, and in a branch."""
+    recording, root = whole._recording, _root(whole)
+    if root._place is None or recording.current.get(root._place) is not root:
+        return record(recording, operation, (of, *args), {})
+    invoke, point = root._place
+    guard = recording.graph.guard
+    branch = "" if guard is None else f" {guard.index}{recording.graph.wanted}"  # type: ignore[attr-defined]
+    port = f"{point.port} {operation.name} {label}{branch}"
+    key = (invoke, HookPoint(point.path, port, point.step, point.call))
+    found: Proxy | None = recording.current.get(key)
+    if found is None or _root(found) is not root:
+        found = record(recording, operation, (of, *args), {})
+        assert found is not None
+        recording.current[key] = found
+    return found
+
+
+def _versions(args: Any) -> str:
+    """What is at the hook points that `args` are parts of: another text once they are written."""
+    roots = [_root(leaf) for leaf in leaves(args) if isinstance(leaf, Proxy)]
+    return " ".join(str(root._node.index) for root in roots if root._place is not None)
+
+
+def _root(proxy: Proxy) -> Proxy:
+    while proxy._parent is not None:
+        proxy = proxy._parent
+    return proxy

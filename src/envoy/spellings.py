@@ -69,8 +69,8 @@ LOCATIONS: dict[str, str] = {
     "resid.post_attn": "resid_mid",
     "resid.delta_mlp": "mlp_out",
     "resid.post_mlp": "resid_post",
-    "resid.norm.attn_scale": "ln1_scale",
-    "resid.norm.mlp_scale": "ln2_scale",
+    "attn_ln.scale": "ln1_scale",
+    "mlp_ln.scale": "ln2_scale",
     "attn.q": "q",
     "attn.k": "k",
     "attn.v": "v",
@@ -84,7 +84,7 @@ LOCATIONS: dict[str, str] = {
 LOCATIONS_OWN: dict[str, str] = {
     "resid.post_emb": "post_emb",
     "resid.post_ln_f": "ln_final",
-    "resid.norm.ln_f_scale": "ln_final_scale",
+    "resid.ln_f.scale": "ln_final_scale",
     "logits": "logits",
 }
 #: nnterp, `model.layers_output[i]`.

@@ -185,7 +185,7 @@ class Generation:
         if self.o["return_dict_in_generate"] or self.o["output_logits"]:
             from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-            logits = tuple(self.logits) if self.o["output_logits"] else None
+            logits: Any = tuple(self.logits) if self.o["output_logits"] else None
             return GenerateDecoderOnlyOutput(sequences=self.ids, logits=logits)
         return result
 

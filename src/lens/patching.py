@@ -77,7 +77,7 @@ def layer_head_dest_src_pos_pattern_patch_setter(
 def make_df_from_ranges(column_max_ranges: Sequence[int], column_names: Sequence[str]) -> Any:
     """All combinations of indices as a table with one row each. Needs pandas."""
     try:
-        import pandas
+        import pandas  # type: ignore[import-untyped]
     except ImportError:
         raise InputError("make_df_from_ranges gives a pandas table: pip install pandas") from None
     rows = list(itertools.product(*(range(one) for one in column_max_ranges)))

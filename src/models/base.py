@@ -146,7 +146,8 @@ class Model(Envoy):
                     name,
                 )
         self._envoys: dict[str, Envoy] = {}
-        self._schedules: dict[str, Schedule | ScheduleError] = {}
+        self._schedules: dict[Any, Schedule | ScheduleError] = {}
+        self._measured: dict[frozenset[tuple[str, str]], frozenset[tuple[str, str]]] = {}
         assert self._module is not None
         self._lock = turn_of(self._module)
 
@@ -392,9 +393,9 @@ class Model(Envoy):
             if tracer is not None:
                 inner |= tracer.graph.inner_operations()
             if inner:
-                inner = self._in_all_layers(inner) | self._named_operations(inner)
-                kind += repr(sorted(inner))
-            found = self._schedules.get(kind)
+                inner = self._measured_with(inner)
+            key = (kind, inner)
+            found = self._schedules.get(key)
             if found is None:
                 try:
                     found = measure(
@@ -405,28 +406,28 @@ class Model(Envoy):
                     )
                 except ScheduleError as error:
                     found = error
-                self._schedules[kind] = found
+                self._schedules[key] = found
             if isinstance(found, ScheduleError):
                 raise found
             return found
 
-    def _in_all_layers(self, inner: frozenset[tuple[str, str]]) -> frozenset[tuple[str, str]]:
-        """The same operations of all modules of the same class: a sweep measures once."""
-        found: set[tuple[str, str]] = set()
-        tree = self.module_tree()
-        for path, port in inner:
-            kind, place = type(at_path(tree, path)), port.rpartition(".")[0]
-            alike = (p for p, child in tree.named_modules() if type(child) is kind)
-            found.update((other, f"{place}.output") for other in alike)
-        return frozenset(found)
-
-    def _named_operations(self, inner: frozenset[tuple[str, str]]) -> frozenset[tuple[str, str]]:
-        """Those of all unified names, if one of them is asked for: each further name is then known."""
-        found: set[tuple[str, str]] = set()
+    def _measured_with(self, inner: frozenset[tuple[str, str]]) -> frozenset[tuple[str, str]]:
+        """The operations that are measured where some are asked for: those of all unified names with
+        one of them, and else the same one in all modules of a class. So a sweep measures once."""
+        found = self._measured.get(inner)
+        if found is not None:
+            return found
+        asked = {(path, f"{port.rpartition('.')[0]}.output") for path, port in inner}
+        every: set[tuple[str, str]] = set()
         for vocabulary in self._vocabularies.values():
-            if not inner.isdisjoint(vocabulary.inner_operations):
-                found |= vocabulary.inner_operations
-        return frozenset(found)
+            if not asked.isdisjoint(vocabulary.inner_operations):
+                every |= vocabulary.inner_operations
+        tree = self.module_tree()
+        for path, port in asked - every:
+            kind = type(at_path(tree, path))
+            every.update((p, port) for p, child in tree.named_modules() if type(child) is kind)
+        found = self._measured[inner] = frozenset(every)
+        return found
 
     def operations(self, path: str, prefix: str) -> Listing:
         """The operations inside the forward of a module.

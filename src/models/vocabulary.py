@@ -239,7 +239,14 @@ class Vocabulary:
     def _parameter(self, path: str) -> Any:
         tracer = current_tracer()
         assert tracer is not None
-        return record_node(tracer.recording, PARAMETER, path, (), {})
+        recording = tracer.recording
+        if recording.loop is not None or recording.graph.guard is not None:
+            return record_node(recording, PARAMETER, path, (), {})
+        place = (recording.invoke, path)
+        found = recording.parameters.get(place)
+        if found is None:
+            found = recording.parameters[place] = record_node(recording, PARAMETER, path, (), {})
+        return found
 
     def norm_values(self, norm: Norm, here: Any) -> tuple[Any, Any, float]:
         """Gain and bias of a norm as values of the open block, and its epsilon."""

@@ -52,6 +52,7 @@ class Recording:
         loop: index of the first node of the loop over steps that is open; None outside.
         decided: the condition of the branch that has just ended, and how many nodes there were.
         lasting: it is an edit: what it records is for prompts that come later.
+        parameters: weights that names have used, by invoke and path.
         looped: there was such a loop, whose own proxies have no single value.
         no_values: why no value can be had here; None where it can.
         no_gradients: why no `backward()` can be here; None where it can.
@@ -74,6 +75,7 @@ class Recording:
         "no_gradients",
         "no_values",
         "oracle",
+        "parameters",
         "saved",
         "session",
         "state",
@@ -87,6 +89,7 @@ class Recording:
         self.step = 0
         self.current: dict[tuple[int, HookPoint], Any] = {}
         self.saved: list[Any] = []
+        self.parameters: dict[tuple[int, str], Any] = {}
         self.oracle: Oracle | None = oracle
         self.compute: Callable[[Node], Any] | None = None
         self.known: Any = None
@@ -105,6 +108,7 @@ class Recording:
         cycle may keep a dropped value until the garbage collector comes by."""
         self.state = state
         self.current.clear()
+        self.parameters.clear()
         for handle in self.saved:
             # A saved part would keep the saved whole alive.
             handle._parent = None

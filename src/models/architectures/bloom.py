@@ -56,4 +56,5 @@ def bloom(config: Any) -> Architecture:
             "pattern": Spot(attn, "source.softmax_0.output"),
         },
         places=places,
+        model_places={"embed": Spot("transformer.word_embeddings_layernorm")},
     )
