@@ -67,7 +67,7 @@ class KeyValueCache:
 
     def for_forward(self) -> Any:
         """The cache to give to a forward, with the mask of its tokens beside it."""
-        found = copy.deepcopy(self.cache) if self.frozen else self.cache
+        found: Any = copy.deepcopy(self.cache) if self.frozen else self.cache
         found.past_mask = self.mask
         return found
 

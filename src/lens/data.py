@@ -35,7 +35,7 @@ def get_dataset(name: str, **options: Any) -> Any:
     if name not in DATASETS:
         raise InputError(f"no data set `{name}` is known. {near(name, DATASETS)}")
     try:
-        import datasets
+        import datasets  # type: ignore[import-not-found]
     except ImportError:
         raise LoadError("sample data needs the package `datasets`: pip install datasets") from None
     return datasets.load_dataset(DATASETS[name], split="train", **options)

@@ -10,7 +10,7 @@ import torch
 
 from ..envoy.names import Missing, read_name
 from ..tracing.errors import GraftworkError, UnavailableNameError
-from .vocabulary import SHAPES, Vocabulary
+from .vocabulary import Vocabulary
 
 #: Whole numbers: their change is not asked to change the logits.
 _COUNTED = frozenset({"expert_indices"})
@@ -171,7 +171,7 @@ class Verifier:
         if not isinstance(value, torch.Tensor):
             self._note(layer, name, "is a tensor", f"it is {type(value).__name__}")
             return
-        expected = SHAPES.get(name)
+        expected = self.vocabulary.shape(name)
         reason = None
         if expected is not None:
             resid = self.values.get((max(layer, 0), "resid_pre"))

@@ -54,7 +54,7 @@ SHAPES: dict[str, tuple[str, ...]] = {
     "logits": ("batch", "token", "d_vocab_out"),
     "unembed_out": ("batch", "token", "d_vocab_out"),
 }
-_FREE = frozenset({"batch", "token", "query", "key"})
+_FREE = frozenset({"batch", "token", "patch", "query", "key"})
 
 
 class Vocabulary:
@@ -159,7 +159,8 @@ class Vocabulary:
         """
         if self.architecture.probed and (layer, name) not in self._verified:
             self._unverified.add((layer, name))
-        if (layer, name) in self._checked or name not in SHAPES or not isinstance(value, Proxy):
+        expected = self.shape(name)
+        if (layer, name) in self._checked or expected is None or not isinstance(value, Proxy):
             return
         self._checked.add((layer, name))
         if value._recording.lasting:
@@ -168,7 +169,6 @@ class Vocabulary:
             shape = tuple(value.shape)
         except GraftworkError:
             return  # the model cannot be measured: what is wrong then shows when it runs
-        expected = SHAPES[name]
         if len(shape) != len(expected) or any(
             size != self.size(axis)
             for size, axis in zip(shape, expected, strict=True)
@@ -217,6 +217,10 @@ class Vocabulary:
                 f"looking at it is wrong: use modules instead, or `register` a declaration, see "
                 f"graftwork.models.architectures.\n{type(report)(self.kind, wrong, {})}"
             )
+
+    def shape(self, name: str) -> tuple[str, ...] | None:
+        """What each axis of a name counts; None where nothing is promised."""
+        return self.architecture.shapes.get(name, SHAPES.get(name))
 
     def size(self, axis: str) -> int | None:
         """How many there are of what an axis counts; None where it depends on the prompt."""

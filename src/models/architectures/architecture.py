@@ -114,6 +114,7 @@ class Architecture:
         head: path of the unembedding.
         embed_scale: what embeddings are multiplied by.
         probed: found by looking at a model, not declared.
+        shapes: of names that have another one than everywhere: a classifier has no tokens.
     """
 
     layers: str
@@ -125,6 +126,7 @@ class Architecture:
     head: str = "lm_head"
     embed_scale: float = 1.0
     probed: bool = False
+    shapes: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     def block(self, index: int) -> Block:
         return self.blocks[index if len(self.blocks) > 1 else 0]
@@ -288,6 +290,7 @@ def head_input(which: str, norm: Norm | None) -> Place:
             bias,
             eps,
             norm.kind,
+            name=which,
         )
 
     return Derived(read, (f"{which}_pre", "ln1_in"))
@@ -309,7 +312,7 @@ def expert_output(experts: str, flat: bool = True) -> Place:
             ).reshape(batch, token, -1)
             for j in range(chosen)
         ]
-        return derive(EXPERT_OUT, whole, parts)
+        return derive(EXPERT_OUT, whole, parts, made_of=(entered, indices, weights))
 
     return Derived(read, ("experts_out", "expert_indices", "expert_weights"))
 

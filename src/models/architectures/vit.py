@@ -36,4 +36,11 @@ def vit(config: Any) -> Architecture:
         },
     )
     table = Weight("vit.embeddings", "position_embeddings", lambda value, sizes: value[0])
-    return dataclasses.replace(found, weights={**found.weights, "pos_embed.W_pos": table})
+    shapes = {
+        "embed": ("batch", "patch", "d_model"),
+        "unembed_in": ("batch", "d_model"),
+        "unembed_out": ("batch", "d_vocab_out"),
+        "logits": ("batch", "d_vocab_out"),
+    }
+    weights = {**found.weights, "pos_embed.W_pos": table}
+    return dataclasses.replace(found, weights=weights, shapes=shapes)
