@@ -32,7 +32,7 @@ EXPERTS = {
 }
 
 
-@register("mixtral", "minimax")
+@register("mixtral")
 def mixtral(config: Any) -> Architecture:
     return decoder(
         **COMMON,
