@@ -20,6 +20,7 @@ from ..envoy.names import write_name
 from ..envoy.spellings import lens_names
 from ..models.factored_matrix import FactoredMatrix
 from ..models.language import LanguageModel
+from ..models.loading import folder_of
 from ..tracing.errors import InputError, LoadError, UnavailableNameError
 from ..tracing.proxy import apply
 from .activation_cache import ActivationCache
@@ -112,7 +113,13 @@ class HookedTransformer:
         elif isinstance(cfg, torch.nn.Module):
             model = LanguageModel(cfg, tokenizer)
         else:
-            fresh = HookedTransformerConfig.unwrap(cfg)
+            fresh = copy.copy(HookedTransformerConfig.unwrap(cfg))
+            if tokenizer is None and fresh.tokenizer_name is not None:
+                tokenizer = _tokenizer(fresh)
+            if fresh.d_vocab == -1 and tokenizer is not None:
+                fresh.d_vocab = max(tokenizer.get_vocab().values()) + 1
+                if fresh.d_vocab_out == -1:
+                    fresh.d_vocab_out = fresh.d_vocab
             module = build(fresh)
             if move_to_device and fresh.device is not None:
                 module = module.to(fresh.device)
@@ -121,17 +128,18 @@ class HookedTransformer:
                 init_weights(model, fresh)
         self.model = model
         self.cfg = config_of(model) if fresh is None else fresh
-        self._prepend_bos = True if default_prepend_bos is None else default_prepend_bos
+        if default_prepend_bos is not None:
+            self.cfg.default_prepend_bos = default_prepend_bos
         self._n_ctx: int | None = model._reader.limit
         self._vocabulary = model.vocabulary()
         self._meant = lens_names(self._vocabulary)
         self._hooks = Hooks(self._meant, self._vocabulary.kind)
         self._experiments: dict[Any, Any] = {}
         self.dataset: Any = None
-        self._tokens = Tokenization(
+        self._tokenization = Tokenization(
             tokenizer if tokenizer is not None else model.tokenizer,
             self._n_ctx,
-            self._prepend_bos,
+            self.cfg.default_prepend_bos,
             default_padding_side,
         )
 
@@ -200,6 +208,9 @@ class HookedTransformer:
             elif device is not None:
                 options.setdefault("device_map", device)
             model = LanguageModel(model_name, tokenizer, dtype=dtype, **options)
+            if tokenizer is None and model.tokenizer is not None:
+                hub = {} if model._checkpoint is None else model._checkpoint.hub
+                model.tokenizer.padding_side = _own_padding_side(model.tokenizer, hub)
         flags = {
             "fold_ln": fold_ln,
             "center_writing_weights": center_writing_weights,
@@ -211,8 +222,6 @@ class HookedTransformer:
             model = _first_layers(model, first_n_layers)
         if any(flags.values()):
             model = process(model, **flags)
-        if default_prepend_bos is None and model.config.model_type == "bloom":
-            default_prepend_bos = False
         found = cls(model, tokenizer, move_to_device, default_padding_side, default_prepend_bos)
         if n_ctx is not None:
             found._limit(n_ctx)
@@ -233,18 +242,14 @@ class HookedTransformer:
         known = self._n_ctx
         if known is not None and n_ctx > known:
             raise InputError(f"n_ctx={n_ctx}: the model has positions for {known} tokens.")
-        self._n_ctx = self._tokens.n_ctx = n_ctx
+        self._n_ctx = self._tokens.n_ctx = self.cfg.n_ctx = n_ctx
 
     def process_weights_(self, **flags: bool) -> None:
         """Process the weights of this model: from now on it is over a processed copy."""
-        self.__dict__.update(
-            HookedTransformer(
-                process(self.model, **flags),
-                self.tokenizer,
-                default_padding_side=self._tokens.padding_side,
-                default_prepend_bos=self._prepend_bos,
-            ).__dict__
-        )
+        self.model = process(self.model, **flags)
+        self._vocabulary = self.model.vocabulary()
+        self._meant = lens_names(self._vocabulary)
+        self._experiments = {}
 
     def init_weights(self) -> None:
         """Fill the weights with random numbers, by `cfg.init_mode` and `cfg.seed`."""
@@ -258,12 +263,20 @@ class HookedTransformer:
         return self.model.load()
 
     @property
+    def _tokens(self) -> Tokenization:
+        # `cfg.default_prepend_bos` may be set at any time.
+        self._tokenization.prepend_bos = self.cfg.default_prepend_bos
+        return self._tokenization
+
+    @property
     def tokenizer(self) -> Any:
-        return self._tokens.tokenizer
+        return self._tokenization.tokenizer
 
     def set_tokenizer(self, tokenizer: Any, default_padding_side: str | None = None) -> None:
         """Use another tokenizer; it is not changed, and nothing is loaded."""
-        self._tokens = Tokenization(tokenizer, self._n_ctx, self._prepend_bos, default_padding_side)
+        self._tokenization = Tokenization(
+            tokenizer, self._n_ctx, self.cfg.default_prepend_bos, default_padding_side
+        )
 
     @property
     def device(self) -> torch.device:
@@ -964,6 +977,36 @@ def _bind_forward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, An
     if "input" not in bound:
         raise InputError("no input was given")
     return {**defaults, **bound}
+
+
+def _tokenizer(cfg: HookedTransformerConfig) -> Any:
+    """The tokenizer that a configuration names.
+
+    Raises:
+        LoadError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    name = str(cfg.tokenizer_name)
+    try:
+        return AutoTokenizer.from_pretrained(
+            folder_of(name), trust_remote_code=cfg.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LoadError(
+            f"cfg.tokenizer_name={name!r} gave no tokenizer: {error}. Give `tokenizer`, or "
+            "tokenizer_name=None for a model of ids alone."
+        ) from error
+
+
+def _own_padding_side(tokenizer: Any, hub: dict[str, Any]) -> str:
+    """The side that a checkpoint says, which `LanguageModel` sets to "left"."""
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    known = ("revision", "cache_dir", "token", "local_files_only", "subfolder")
+    options = {name: value for name, value in hub.items() if name in known}
+    said = get_tokenizer_config(tokenizer.name_or_path, **options).get("padding_side")
+    return str(said or type(tokenizer).padding_side)
 
 
 def _revision(name: str, index: int | None, value: Any) -> str:

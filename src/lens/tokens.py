@@ -31,7 +31,6 @@ class Tokenization:
     Attributes:
         tokenizer: of transformers; None for a model of ids alone.
         prepend_bos: whether a beginning-of-text token stands in front where nothing else is said.
-        padding_side: "left" or "right".
         prepends: the tokenizer adds that token by itself.
         n_ctx: longest row; None without a limit.
     """
@@ -46,9 +45,8 @@ class Tokenization:
         self.tokenizer = tokenizer
         self.n_ctx = n_ctx
         self.prepend_bos = prepend_bos
-        side = padding_side or getattr(tokenizer, "padding_side", None) or "right"
-        self.padding_side = checked_side(side)
-        self.prepends = tokenizer is not None and len(self._encode("")) > 0
+        self._side = checked_side(padding_side) if padding_side else None
+        self.prepends = tokenizer is not None and self._adds_in_front()
         if tokenizer is not None:
             eos = tokenizer.eos_token_id
             self.bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else eos
@@ -59,6 +57,19 @@ class Tokenization:
                 self.pad = self.bos if self.bos is not None else 0
         else:
             self.bos = self.pad = None
+
+    @property
+    def padding_side(self) -> str:
+        """ "left" or "right": what was given, else what the tokenizer says now."""
+        return self._side or checked_side(getattr(self.tokenizer, "padding_side", None) or "right")
+
+    def _adds_in_front(self) -> bool:
+        # Of an empty text nothing is learnt: what some tokenizers add to it stands behind a text.
+        return self._encode("a")[:1] != self._plain("a")[:1]
+
+    def _plain(self, text: str) -> list[int]:
+        """Token ids of a text alone."""
+        return list(self._need()(text, add_special_tokens=False)["input_ids"])
 
     def _need(self) -> Any:
         if self.tokenizer is None:
@@ -94,9 +105,8 @@ class Tokenization:
         Args:
             truncate: cut rows at the model's positions.
         """
-        if not isinstance(text, str) and not (
-            isinstance(text, (list, tuple)) and all(isinstance(t, str) for t in text)
-        ):
+        given: Any = text
+        if not is_text(given) or not isinstance(given, (str, list, tuple)):
             raise InputError(
                 f"to_tokens takes a text or a list of texts, not {type(text).__name__}"
             )
@@ -138,10 +148,10 @@ class Tokenization:
     # ---------------------------------------------------------------- text
 
     def to_string(self, tokens: Any) -> Any:
-        """Text of ids: [pos] or one id gives a text, [batch, pos] a list of texts."""
+        """Text of ids: [pos] or one id gives a text; [batch, pos], or rows of any lengths, a list."""
         tokenizer = self._need()
-        if isinstance(tokens, (list, tuple)) and tokens and isinstance(tokens[0], torch.Tensor):
-            tokens = torch.stack([torch.as_tensor(one) for one in tokens])
+        if isinstance(tokens, (list, tuple)) and tokens and np.ndim(tokens[0]):
+            return [self.to_string(one) for one in tokens]
         ids = torch.as_tensor(
             np.asarray(tokens) if not isinstance(tokens, torch.Tensor) else tokens
         )
@@ -176,9 +186,9 @@ class Tokenization:
 
     def to_single_token(self, text: str) -> int:
         """The id of a text that is one token."""
-        ids = self.encode(text, prepend_bos=False)
+        ids = self._plain(text)
         if len(ids) != 1:
-            parts = self.to_str_tokens(text, prepend_bos=False)
+            parts = self.to_str_tokens(ids)
             raise InputError(f"{text!r} is {len(ids)} tokens, not one: {parts}")
         return ids[0]
 
@@ -206,7 +216,12 @@ class Tokenization:
         if isinstance(given, str):
             ids = self.encode(given, prepend_bos)
         else:
-            ids = torch.as_tensor(given).reshape(-1).tolist()
+            row = torch.as_tensor(given)
+            if row.ndim > 1 and row.shape[0] != 1:
+                raise InputError(
+                    f"get_token_position takes a text or one row of ids, not {list(row.shape)}"
+                )
+            ids = row.reshape(-1).tolist()
         if isinstance(single_token, str):
             single_token = self.to_single_token(single_token)
         places = [i for i, one in enumerate(ids) if one == int(single_token)]
