@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from ..envoy.names import write_name
+from ..envoy.names import Missing, write_name
+from ..envoy.spellings import LENS
 from ..tracing.errors import InputError, UnavailableNameError
 from ..tracing.proxy import apply
 from .names import get_act_name
@@ -22,6 +23,7 @@ BLOCK = 4096
 
 Setter = Callable[[Any, Sequence[int], Any], Any]
 Metric = Callable[[Any], Any]
+Head = tuple[int, int]
 
 
 # -------------------------------------------------------------------- what a cell puts where
@@ -90,7 +92,7 @@ def _axis_size(model: Any, name: str, activation: str, tokens: torch.Tensor) -> 
     if name in ("pos", "src_pos", "dest_pos"):
         return int(tokens.shape[-1])
     if name in ("head", "head_index"):
-        shared = activation.rpartition(".")[2] in ("k", "v", "hook_k", "hook_v")
+        shared = get_act_name(activation, 0).rpartition("hook_")[2] in ("k", "v", "rot_k")
         return int(model.model.cfg.n_kv_heads if shared else model.model.cfg.n_heads)
     raise InputError(f"`{name}` is no axis of a sweep: layer, pos, head, src_pos or dest_pos")
 
@@ -114,17 +116,20 @@ def generic_activation_patch(
         clean_cache: the values of the clean run, with those of `activation_name` in it.
         patching_metric: from logits [batch, pos, d_vocab] to one number. It is recorded, if it is made
             of torch's functions; then only the positions are unembedded that it looks at.
-        patch_setter: from the corrupted value, an index and the clean value to the patched value.
+        patch_setter: from the corrupted value, an index and the clean value to the patched value. It
+            may change the corrupted value in place and return that, or nothing.
         activation_name: "resid_pre", "z", "pattern", …, as `get_act_name` takes it.
         index_axis_names: axes of the result: "layer", "pos", "head_index", "dest_pos", "src_pos".
         index_df: instead, a table with one row for each cell, a layer first.
         return_index_df: give the table of indices, too.
 
+    Hook functions that the model has stay in force, before the patch.
+
     Returns:
         The metric of each cell, with one axis for each name; [cell] with `index_df`.
 
     Raises:
-        InputError: neither axes nor a table, or both.
+        InputError: neither axes nor a table, or both; a metric that gives several numbers.
         UnavailableNameError: the cache has no such value, or the model no such place.
     """
     tokens = _ids(model, corrupted_tokens)
@@ -136,20 +141,9 @@ def generic_activation_patch(
         cells = list(itertools.product(*(range(size) for size in shape)))
     else:
         cells = [tuple(int(i) for i in row) for row in _rows(index_df)]
-    found = torch.cat(
-        [
-            _run_cells(
-                model,
-                tokens,
-                clean_cache,
-                patching_metric,
-                patch_setter,
-                activation_name,
-                cells[start : start + BLOCK],
-            )
-            for start in range(0, len(cells), BLOCK)
-        ]
-    )
+    given = (model, tokens, clean_cache, patching_metric, patch_setter, activation_name)
+    blocks = [cells[start : start + BLOCK] for start in range(0, len(cells), BLOCK)]
+    found = torch.cat([_run_cells(*given, block) for block in blocks] or [torch.zeros(0)])
     result = found if shape is None else found.reshape(shape)
     if not return_index_df:
         return result
@@ -169,6 +163,28 @@ def _rows(table: Any) -> Iterator[Any]:
     return iter(rows)
 
 
+def _prompt(model: Any, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"input_ids": tokens, "attention_mask": model._tokens.mask_of(tokens)}
+
+
+def _check(model: Any, cache: Any, name: str) -> None:
+    """Refuse a name that the model or the cache does not have."""
+    if name not in model._meant:
+        _, layer, rest = [*name.split(".", 2), "", ""][:3]
+        vocabulary = model._vocabulary
+        if layer.isdigit() and int(layer) >= len(vocabulary):
+            raise UnavailableNameError.no_layer(int(layer), len(vocabulary))
+        places = vocabulary.layer_places(int(layer)) if layer.isdigit() else {}
+        place = places.get(LENS.get(rest, ""))
+        if isinstance(place, Missing):
+            raise UnavailableNameError.missing(name, vocabulary.kind, place.reason)
+        raise UnavailableNameError.unknown(name, vocabulary.kind, model._meant)
+    if name not in cache:
+        raise UnavailableNameError(
+            f"the clean cache has no `{name}`: it was left out by a filter when it was made"
+        )
+
+
 def _run_cells(
     model: Any,
     tokens: torch.Tensor,
@@ -180,72 +196,83 @@ def _run_cells(
 ) -> torch.Tensor:
     names = {cell[0]: get_act_name(activation, cell[0]) for cell in cells}
     for name in names.values():
-        if name not in model._meant:
-            raise UnavailableNameError.unknown(name, model._vocabulary.kind, model._meant)
-        if name not in cache:
-            raise UnavailableNameError(
-                f"the clean cache has no `{name}`: it was left out by a filter when it was made"
-            )
-    prompt = {"input_ids": tokens, "attention_mask": model._tokens.mask_of(tokens)}
-    recorded = _records(model, prompt, cache, metric, setter, names, cells[0])
+        _check(model, cache, name)
+    prompt = _prompt(model, tokens)
+
+    def patch(cell: tuple[int, ...], recorded: bool) -> None:
+        _patch(model, cache, setter, names[cell[0]], cell, recorded)
+
+    recorded = _records(model, prompt, lambda _: patch(cells[0], True))
+    values = _measured(model, prompt, metric, [partial(patch, one, recorded) for one in cells])
+    return torch.stack(values)
+
+
+def _measured(
+    model: Any,
+    prompt: dict[str, torch.Tensor],
+    metric: Metric,
+    changes: Sequence[Callable[[], None]],
+) -> list[torch.Tensor]:
+    """The metric of a prompt with each of several changes: one block."""
+    recorded = _records(model, prompt, lambda tracer: metric(tracer.output.logits).save())
     values = []
     with torch.no_grad(), model.model.trace() as tracer:
-        for cell in cells:
+        for change in changes:
             with tracer.invoke(**prompt):
-                logits = _cell(model, tracer, cache, setter, names, cell, recorded[0])
-                value = metric(logits) if recorded[1] else apply(metric, logits)
+                _hook(model)
+                change()
+                logits = tracer.output.logits
+                value = metric(logits) if recorded else apply(metric, logits)
                 values.append(value.save())
-    return torch.stack([torch.as_tensor(one.value).reshape(()).float() for one in values])
+    return [_number(one.value) for one in values]
 
 
-def _cell(
-    model: Any,
-    tracer: Any,
-    cache: Any,
-    setter: Setter,
-    names: dict[int, str],
-    cell: tuple[int, ...],
-    recorded: bool,
-) -> Any:
-    """Record the patch of one cell; gives the logits behind it."""
-    layer, own = model._meant[names[cell[0]]]
+def _number(value: Any) -> torch.Tensor:
+    found = torch.as_tensor(value)
+    if found.numel() != 1:
+        raise InputError(f"the metric gives one number for each run, not {list(found.shape)}")
+    found = found.detach().reshape(())
+    return found if found.is_floating_point() else found.float()
+
+
+def _hook(model: Any) -> None:
+    """Record the hook functions that the model has at present."""
+    active = {point.name: point for point in model._hooks.active()}
+    for name, (layer, own) in model._meant.items() if active else ():
+        if name in active:
+            value = model._hooked(model._vocabulary.read(layer, own), active[name])
+            write_name(model.model, model._vocabulary, layer, own, value)
+
+
+def _patch(
+    model: Any, cache: Any, setter: Setter, name: str, cell: tuple[int, ...], recorded: bool
+) -> None:
+    """Record the patch of one cell."""
+    layer, own = model._meant[name]
     value = model._vocabulary.read(layer, own)
-    clean = cache[names[cell[0]]].to(model.device)
+    clean = cache[name].to(model.device)
     if own == "scores":  # what is masked has the lowest number in the model
         clean = clean.clamp_min(torch.finfo(clean.dtype).min)
     given = (setter, value, cell, clean)
     patched = setter(value, cell, clean) if recorded else apply(_patched, *given)
-    if patched is not value:
+    if patched is not None and patched is not value:
         write_name(model.model, model._vocabulary, layer, own, patched)
-    return tracer.output.logits
 
 
 def _patched(setter: Setter, value: torch.Tensor, cell: tuple[int, ...], clean: Any) -> Any:
-    return setter(value.clone(), cell, clean)
+    value = value.clone()
+    found = setter(value, cell, clean)
+    return value if found is None else found  # it may have changed the value in place
 
 
-def _records(
-    model: Any,
-    prompt: dict[str, Any],
-    cache: Any,
-    metric: Metric,
-    setter: Setter,
-    names: dict[int, str],
-    cell: tuple[int, ...],
-) -> tuple[bool, bool]:
-    """Whether setter and metric are made of operations that can be recorded: asked of shapes alone."""
-
-    def works(record: Callable[[Any], None]) -> bool:
-        try:
-            with model.model.scan(**prompt) as tracer:
-                record(tracer)
-        except Exception:  # a user's function may raise anything on values without numbers
-            return False
-        return True
-
-    if not works(lambda tracer: _cell(model, tracer, cache, setter, names, cell, True) and None):
-        return False, works(lambda tracer: metric(tracer.output.logits).save() and None)
-    return True, works(lambda tracer: metric(tracer.output.logits).save() and None)
+def _records(model: Any, prompt: dict[str, torch.Tensor], record: Callable[[Any], Any]) -> bool:
+    """Whether a user's function is made of operations that can be recorded: asked of shapes alone."""
+    try:
+        with model.model.scan(**prompt) as tracer:
+            record(tracer)
+    except Exception:  # a user's function may raise anything on values without numbers
+        return False
+    return True
 
 
 def _sweep(activation: str, setter: Setter, *axes: str) -> Callable[..., Any]:
@@ -367,36 +394,15 @@ def get_act_patch_direct_path(
 
     Source: Wang et al. 2022, Interpretability in the Wild.
     """
-    if receiver_input not in ("q", "k", "v"):
-        raise InputError(f'receiver_input is "q", "k" or "v", not {receiver_input!r}')
     cfg = model.model.cfg
-    shared = cfg.n_heads // (cfg.n_heads if receiver_input == "q" else cfg.n_kv_heads)
     every = [(i, h) for i in range(sender_layer + 1, cfg.n_layers) for h in range(cfg.n_heads)]
     cells = list(every if receivers is None else receivers)
     for layer, _ in cells:
         if layer <= sender_layer:
             raise InputError(f"layer {layer} is not behind the sender's layer {sender_layer}")
-    tokens = _ids(model, corrupted_tokens)
-    prompt = {"input_ids": tokens, "attention_mask": model._tokens.mask_of(tokens)}
-    name = get_act_name("z", sender_layer)
-    if name not in clean_cache:
-        raise UnavailableNameError(f"the clean cache has no `{name}`")
-    weight = model.model.layers[sender_layer]["attn.W_O"][sender_head]
-    clean = clean_cache[name][:, :, sender_head].to(model.device) @ weight
-    result = torch.full((cfg.n_layers, cfg.n_heads), float("nan"))
-    if not cells:
-        return result
-    values = {}
-    with torch.no_grad(), model.model.trace() as tracer:
-        for layer, head in cells:
-            with tracer.invoke(**prompt):
-                own = model._vocabulary.read(sender_layer, "head_out")[:, :, sender_head]
-                entered = model._vocabulary.read(layer, f"{receiver_input}_input")
-                entered[:, :, head // shared] += clean - own
-                values[layer, head] = apply(patching_metric, tracer.output.logits).save()
-    for (layer, head), value in values.items():
-        result[layer, head] = float(value.value)
-    return result
+    paths = [((sender_layer, sender_head), one) for one in cells]
+    given = (model, corrupted_tokens, clean_cache, patching_metric, receiver_input)
+    return _direct_paths(*given, paths)[sender_layer, sender_head]
 
 
 def get_act_patch_direct_path_all_sources(
@@ -406,24 +412,58 @@ def get_act_patch_direct_path_all_sources(
     patching_metric: Metric,
     receiver_input: str = "q",
 ) -> torch.Tensor:
-    """The direct path from every head to every later one, [layer, head, layer, head]."""
+    """The direct path from every head to every later one, [layer, head, layer, head]; else NaN."""
     cfg = model.model.cfg
-    return torch.stack(
-        [
-            torch.stack(
-                [
-                    get_act_patch_direct_path(
-                        model,
-                        corrupted_tokens,
-                        clean_cache,
-                        patching_metric,
-                        layer,
-                        head,
-                        receiver_input=receiver_input,
-                    )
-                    for head in range(cfg.n_heads)
-                ]
+    heads = list(itertools.product(range(cfg.n_layers), range(cfg.n_heads)))
+    paths = [(one, other) for one in heads for other in heads if one[0] < other[0]]
+    given = (model, corrupted_tokens, clean_cache, patching_metric, receiver_input)
+    return _direct_paths(*given, paths)
+
+
+def _direct_paths(
+    model: Any,
+    corrupted_tokens: Any,
+    cache: Any,
+    metric: Metric,
+    receiver_input: str,
+    paths: Sequence[tuple[Head, Head]],
+) -> torch.Tensor:
+    """The metric of each path from head to head, [layer, head, layer, head]; elsewhere NaN."""
+    if receiver_input not in ("q", "k", "v"):
+        raise InputError(f'receiver_input is "q", "k" or "v", not {receiver_input!r}')
+    cfg, layers = model.model.cfg, model.model.layers
+    # Heads that share keys and values read them once.
+    shared = cfg.n_heads // (cfg.n_heads if receiver_input == "q" else cfg.n_kv_heads)
+    tokens = _ids(model, corrupted_tokens)
+    clean = {}
+    for layer, head in dict.fromkeys(sender for sender, _ in paths):
+        name = get_act_name("z", layer)
+        _check(model, cache, name)
+        block = model._vocabulary.architecture.block(layer)
+        if block.post_norm or "ln1_post" in block.norms:
+            raise UnavailableNameError(
+                f"what a head of {model._vocabulary.kind} gives is normalized before or after it is "
+                "added to the stream, so that it has no direct path."
             )
-            for layer in range(cfg.n_layers)
-        ]
-    )
+        z = cache[name][:, :, head].to(model.device)
+        clean[layer, head] = z @ layers[layer]["attn.W_O"][head].to(z)
+
+    def patch(sender: Head, layer: int, head: int) -> None:
+        own = model._vocabulary.read(sender[0], "head_out")[:, :, sender[1]]
+        entered = model._vocabulary.read(layer, f"{receiver_input}_input")
+        entered[:, :, head] += clean[sender] - own
+
+    cells = dict.fromkeys((sender, (i, head // shared)) for sender, (i, head) in paths)
+    changes = [partial(patch, sender, *receiver) for sender, receiver in cells]
+    prompt, values = _prompt(model, tokens), list[torch.Tensor]()
+    for start in range(0, len(changes), BLOCK):
+        values += _measured(model, prompt, metric, changes[start : start + BLOCK])
+    found = dict(zip(cells, values, strict=True))
+    heads = (cfg.n_layers, cfg.n_heads)
+    result = torch.full((*heads, *heads), float("nan"))
+    if values:
+        result = result.to(values[0])
+    for sender, (layer, head) in paths:
+        place = (*sender, layer, head)
+        result[place] = found[sender, (layer, head // shared)]
+    return result
