@@ -18,8 +18,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import dataclasses
 import json
 import logging
+import queue
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,8 @@ CANNOT = (
     "has a mixer and no",
     "has no MLP",
     "no MLP was seen",
+    "so its parts do not sum to it",
+    "channels here, and the name promises",
 )
 
 
@@ -138,46 +142,89 @@ def lacks(result: dict[str, Any]) -> dict[str, str]:
 # -------------------------------------------------------------------- all types
 
 
-def attempt(model_type: str) -> dict[str, Any]:
-    """The survey of a type in its own process."""
-    command = [sys.executable, __file__, "--one", model_type]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
-    except subprocess.TimeoutExpired:
-        return {"type": model_type, "error": f"it took more than {SECONDS} s"}
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if lines:
-        return dict(json.loads(lines[-1]))
-    last = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
-    return {"type": model_type, "error": last[:400]}
+class Worker:
+    """A process that surveys one type after the other; begun again after a crash or a time-out."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen[str] | None = None
+
+    def attempt(self, model_type: str) -> dict[str, Any]:
+        """The survey of a type, or what kept it from being one."""
+        if self.process is None or self.process.poll() is not None:
+            self.process = subprocess.Popen(
+                [sys.executable, __file__, "--worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            )
+        process = self.process
+        assert process.stdin is not None and process.stdout is not None
+        late = threading.Timer(SECONDS, process.kill)
+        late.start()
+        try:
+            process.stdin.write(model_type + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+            while line and not line.startswith("{"):
+                line = process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        finally:
+            late.cancel()
+        if line:
+            return dict(json.loads(line))
+        code = process.wait()
+        why = f"it took more than {SECONDS} s" if code == -9 else f"its process ended with {code}"
+        return {"type": model_type, "error": why}
+
+    def end(self) -> None:
+        if self.process is not None:
+            self.process.kill()
 
 
-def one(model_type: str) -> None:
-    try:
-        result = survey(model_type)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:400]
-        result = {"type": model_type, "error": f"{type(error).__name__}: {reason}"}
-    print(json.dumps(result), flush=True)
+def work() -> None:
+    """Survey the types that are read, one a line."""
+    for line in sys.stdin:
+        model_type = line.strip()
+        try:
+            result = survey(model_type)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:400]
+            result = {"type": model_type, "error": f"{type(error).__name__}: {reason}"}
+        print(json.dumps(result), flush=True)
 
 
 def main(arguments: list[str]) -> int:
-    if arguments[:1] == ["--one"]:
-        one(arguments[1])
+    if arguments == ["--worker"]:
+        work()
         return 0
     from tiny_models import causal_types
 
+    file = next((a.partition("=")[2] for a in arguments if a.startswith("--json=")), None)
     types = [a for a in arguments if not a.startswith("-")] or causal_types()
-    results = []
+    results: list[dict[str, Any]] = []
+    workers: queue.Queue[Worker] = queue.Queue()
+    for _ in range(PROCESSES):
+        workers.put(Worker())
+
+    def attempt(model_type: str) -> dict[str, Any]:
+        worker = workers.get()
+        try:
+            return worker.attempt(model_type)
+        finally:
+            workers.put(worker)
+
     with ThreadPoolExecutor(PROCESSES) as pool:
         for result in pool.map(attempt, types):
             results.append(result)
             gaps = {} if "error" in result else lacks(result)
-            print(
-                result["type"],
-                result.get("error") or ("in full" if not gaps else json.dumps(gaps)),
-                flush=True,
-            )
+            shown = result.get("error") or ("in full" if not gaps else json.dumps(gaps))
+            print(result["type"], shown, flush=True)
+            if file:
+                Path(file).write_text(json.dumps(results))
+    while not workers.empty():
+        workers.get().end()
     full = [r for r in results if "error" not in r and not lacks(r)]
     print(f"{len(full)} of {len(results)} in full")
     return 0

@@ -110,10 +110,19 @@ class Verifier:
 
     def run(self) -> NamesReport:
         """Check everything."""
+        with self.vocabulary.verifying():
+            return self._run()
+
+    def _run(self) -> NamesReport:
         wanted = self._wanted()
         self.values = self._read(wanted)
+        gone = []
         for (layer, name), value in self.values.items():
             self._check_shape(layer, name, value)
+            if type(value) is not torch.Tensor and not hasattr(value, "shape"):
+                gone.append((layer, name))
+        for key in gone:
+            del self.values[key]
         for layer in self.layers:
             self._check_layer(layer)
         self._check_own()
@@ -255,7 +264,7 @@ class Verifier:
         if first == "mlp.W_gate":
             self._check_linear(layer, "mlp_in", "mlp.W_in", "mlp_up")
         if not {"ln2_post"} & set(block.norms):
-            self._check_linear(layer, "mlp_post", "mlp.W_out", "mlp_out")
+            self._check_linear(layer, "mlp_post", "mlp.W_out", "mlp_out", scaled=True)
         for norm in ("ln1", "ln2", "ln1_post", "ln2_post"):
             self._check_norm(layer, norm)
         found = self._get(layer, "expert_out", "experts_out")
@@ -265,46 +274,31 @@ class Verifier:
             )
 
     def _check_stream(self, layer: int, block: Any) -> None:
-        found = self._get(layer, "resid_pre", "attn_out", "mlp_out", "resid_post")
-        if found and block.parallel:
-            pre, attn, mlp, post = found
-            total = pre + attn + mlp
-            self._equal(
-                layer, "resid_post", "resid_post = resid_pre + attn_out + mlp_out", total, post
-            )
+        ends = self._get(layer, "resid_pre", "resid_post")
         middle = self._get(layer, "resid_mid")
-        if found and middle:
-            pre, attn, mlp, post = found
-            ends = [("resid_mid", pre + attn, middle[0]), ("resid_post", middle[0] + mlp, post)]
-            if block.post_norm:
-                norms = [self._get(layer, f"{n}_in") for n in ("ln1_post", "ln2_post")]
-                if all(norms):
-                    ends = [
-                        (name, made, norm[0])  # type: ignore[index]
-                        for (name, made, _), norm in zip(ends, norms, strict=True)
-                    ]
-            if self._get(layer, "cross_attn_out"):
-                cross = self.values[layer, "cross_attn_out"]
-                ends[1] = ("resid_post", middle[0] + cross + mlp, post)
-            for name, made, there in ends:
-                self._equal(layer, name, f"{name} is the sum of its parts", made, there)
-        mixer = self._get(layer, "resid_pre", "mixer_out", "resid_post")
-        if mixer:
-            end = "resid_post"
-            if middle:  # an MLP stands behind the mixer
-                end, mixer = "resid_mid", [*mixer[:2], *middle]
-                after = self._get(layer, "resid_mid", "mlp_out", "resid_post")
-                if after:
-                    self._equal(
-                        layer,
-                        "resid_post",
-                        "resid_post is the sum of its parts",
-                        after[0] + after[1],
-                        after[2],
-                    )
-            self._equal(
-                layer, "mixer_out", f"{end} = resid_pre + mixer_out", mixer[0] + mixer[1], mixer[2]
-            )
+        first, second = (
+            [(name, self.values[layer, name]) for name in names if (layer, name) in self.values]
+            for names in (("attn_out", "mixer_out"), ("cross_attn_out", "mlp_out"))
+        )
+        sums: list[tuple[str, Any, Any]] = []
+        if ends and middle and first:
+            sums.append(("resid_mid", ends[0] + sum(v for _, v in first), middle[0]))
+        if ends and middle and any(name == "mlp_out" for name, _ in second):
+            sums.append(("resid_post", middle[0] + sum(v for _, v in second), ends[1]))
+        if block.post_norm and middle:
+            norms = [self._get(layer, f"{n}_in") for n in ("ln1_post", "ln2_post")]
+            if all(norms):
+                sums = [
+                    (name, made, norms[0 if name == "resid_mid" else 1][0])  # type: ignore[index]
+                    for name, made, _ in sums
+                ]
+        every = [*first, *second]
+        whole = block.parallel and {"attn_out", "mlp_out"} <= {name for name, _ in every}
+        alone = not middle and not block.parallel and [name for name, _ in every] == ["mixer_out"]
+        if ends and (whole or alone):
+            sums.append(("resid_post", ends[0] + sum(v for _, v in every), ends[1]))
+        for name, made, there in sums:
+            self._equal(layer, name, f"{name} is the sum of its parts", made, there)
         after = self._get(layer + 1, "resid_pre")
         here = self._get(layer, "resid_post")
         if after and here:
@@ -354,7 +348,10 @@ class Verifier:
         factor = float((a * b).sum() / (a * a).sum().clamp_min(1e-12))
         self._equal(layer, "q", "scores = q · k times a factor", a * factor, b)
 
-    def _check_linear(self, layer: int, entered: str, weight: str, left: str) -> None:
+    def _check_linear(
+        self, layer: int, entered: str, weight: str, left: str, scaled: bool = False
+    ) -> None:
+        """What a weight makes of one name is another; with `scaled`, but for a factor by channel."""
         found = self._get(layer, entered, left)
         weights = self.vocabulary.layer_weights(layer)
         if not found or weight not in weights:
@@ -363,6 +360,9 @@ class Verifier:
         bias = weight.replace("W_", "b_")
         if bias in weights:
             made = made + weights[bias]
+        if scaled and self.vocabulary.architecture.probed:
+            factor = (made * found[1]).sum((0, 1)) / (made * made).sum((0, 1)).clamp_min(1e-12)
+            made = made * factor
         self._equal(layer, left, f"{weight} makes it of {entered}", made, found[1])
 
     def _check_norm(self, layer: int, norm: str) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from ..tracing.errors import GraftworkError, ShapeError, UnavailableNameError
 from ..tracing.node import PARAMETER
 from ..tracing.proxy import Proxy, record_node
 from .architectures import Architecture, Norm, architecture_of, stacks_of
-from .architectures.probe import probe
+from .architectures.probe import Probed, probe
 from .sizes import Sizes, sizes_of
 from .weights import Weights, is_linear
 
@@ -81,10 +82,15 @@ class Vocabulary:
                 "unified names are for the model with its head."
             ) from None
         self._paths = [f"{architecture.layers}.{name}" for name in blocks._modules]
-        self.sizes: Sizes = sizes_of(root.config, tree, architecture, len(self._paths))
+        self.sizes: Sizes = (
+            architecture.sizes(root.config, tree, len(self._paths))
+            if isinstance(architecture, Probed)
+            else sizes_of(root.config, tree, architecture, len(self._paths))
+        )
         self._checked: set[tuple[int, str]] = set()
         self._unverified: set[tuple[int, str]] = set()
         self._verified: set[tuple[int, str]] = set()
+        self._verifying = False
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -157,7 +163,7 @@ class Vocabulary:
         Raises:
             ShapeError: it is another one; then nothing has run.
         """
-        if self.architecture.probed and (layer, name) not in self._verified:
+        if self.architecture.probed and not self._verifying and (layer, name) not in self._verified:
             self._unverified.add((layer, name))
         expected = self.shape(name)
         if (layer, name) in self._checked or expected is None or not isinstance(value, Proxy):
@@ -182,6 +188,15 @@ class Vocabulary:
                 f"[{wanted}]. Its declaration does not fit this model; please report it."
             )
 
+    @contextlib.contextmanager
+    def verifying(self) -> Iterator[None]:
+        """What is used inside is not to be checked: it is the check."""
+        before, self._verifying = self._verifying, True
+        try:
+            yield
+        finally:
+            self._verifying = before
+
     def verify_used(self, verify: Callable[..., Any]) -> None:
         """Check the names of a probed architecture that blocks used since the last time, once each.
 
@@ -192,9 +207,8 @@ class Vocabulary:
             UnavailableNameError: one of them is not what it promises. It is refused from then on, too.
         """
         used = self._unverified
-        if not used:
+        if not used or self._verifying:
             return
-        # What the check itself uses is not to be checked again.
         self._unverified = set()
         self._verified |= used
         root = self.root
@@ -208,7 +222,6 @@ class Vocabulary:
             )
         finally:
             root._edits = edits
-            self._unverified = set()
         wrong = [one for one in report.wrong if (one.layer, one.name) in used]
         if wrong:
             self._verified -= {(one.layer, one.name) for one in wrong}
@@ -221,6 +234,19 @@ class Vocabulary:
     def shape(self, name: str) -> tuple[str, ...] | None:
         """What each axis of a name counts; None where nothing is promised."""
         return self.architecture.shapes.get(name, SHAPES.get(name))
+
+    def shape_of(self, name: str, layer: int) -> tuple[int, ...]:
+        """The sizes of a name behind batch and token.
+
+        Raises:
+            UnavailableNameError: the layer has no such name.
+        """
+        place = self.layer_places(layer).get(name)
+        if place is None or isinstance(place, Missing):
+            reason = "it has no such place" if place is None else place.reason
+            raise UnavailableNameError.missing(name, self.kind, reason)
+        axes = self.shape(name) or ("batch", "token", "d_model")
+        return tuple(self.size(axis) or 0 for axis in axes[2:])
 
     def size(self, axis: str) -> int | None:
         """How many there are of what an axis counts; None where it depends on the prompt."""
