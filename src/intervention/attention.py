@@ -32,16 +32,18 @@ def with_eager_attention(
     eager = copy.copy(config)
     eager._attn_implementation_internal = "eager"
     signature = inspect.signature(forward)
+    # T5 calls it `mask`.
+    mask = next((one for one in ("attention_mask", "mask") if one in signature.parameters), None)
 
     @functools.wraps(forward)
     def switched(*args: Any, **kwargs: Any) -> Any:
         if not listens():
             return forward(*args, **kwargs)
         bound = signature.bind(*args, **kwargs)
-        if "attention_mask" in signature.parameters:
+        if mask is not None:
             hidden = next(iter(bound.arguments.values()))
-            given = bound.arguments.get("attention_mask")
-            bound.arguments["attention_mask"] = _additive(module, given, hidden)
+            given = bound.arguments.get(mask)
+            bound.arguments[mask] = _additive(module, given, hidden)
         module.config = eager
         try:
             result = forward(*bound.args, **bound.kwargs)
