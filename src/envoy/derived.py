@@ -37,8 +37,17 @@ class Derivation:
     part: Operation
 
 
+class _State(Operation):
+    """A view that keeps what was computed when its whole is changed from elsewhere."""
+
+    __slots__ = ()
+
+    def again(self, whole: Any, part: Any, *args: Any, **kwargs: Any) -> Any:
+        return whole, *part[1:]
+
+
 def _state(name: str, function: Callable[..., tuple[Any, ...]]) -> Operation:
-    return Operation(name, function, VIEW, inverse=lambda whole, state, *_: state[0])
+    return _State(name, function, VIEW, inverse=lambda whole, state, *_: state[0], copies=True)
 
 
 def _part(
@@ -53,6 +62,14 @@ def _replaced(whole: Any, new: Any, old: Any, made: Callable[[Any], Any]) -> Any
     after, before = made(new), made(old)
     same = whole + (after - before)
     return torch.where(after == before, same, after).to(whole.dtype)
+
+
+def _continued(whole: Any, state: Any) -> tuple[Any, ...]:
+    return whole, *state[1:]
+
+
+#: In a branch: the state from before it, changed for the branch alone.
+_CONTINUED = _state("continued", _continued)
 
 
 # -------------------------------------------------------------------- sums
@@ -174,15 +191,21 @@ def _once(operation: Operation, of: Proxy, args: tuple[Any, ...], label: str, wh
     if root._place is None or recording.current.get(root._place) is not root:
         return record(recording, operation, (of, *args), {})
     invoke, point = root._place
+
+    def known(branch: str) -> tuple[tuple[int, HookPoint], Proxy | None]:
+        port = f"{point.port} {operation.name} {label}{branch}"
+        key = (invoke, HookPoint(point.path, port, point.step, point.call))
+        found: Proxy | None = recording.current.get(key)
+        return key, found if found is not None and _root(found) is root else None
+
     guard = recording.graph.guard
     branch = "" if guard is None else f" {guard.index}{recording.graph.wanted}"  # type: ignore[attr-defined]
-    port = f"{point.port} {operation.name} {label}{branch}"
-    key = (invoke, HookPoint(point.path, port, point.step, point.call))
-    found: Proxy | None = recording.current.get(key)
-    if found is None or _root(found) is not root:
-        found = record(recording, operation, (of, *args), {})
-        assert found is not None
-        recording.current[key] = found
+    key, found = known(branch)
+    if found is None:
+        before = known("")[1] if guard is not None and of is whole else None
+        if before is not None:
+            operation, args = _CONTINUED, (before,)
+        found = recording.current[key] = record(recording, operation, (of, *args), {})
     return found
 
 
