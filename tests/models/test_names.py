@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -12,10 +13,19 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from graftwork import LanguageModel
+from graftwork import LanguageModel, Model
+from graftwork.tracing.errors import (
+    BlockError,
+    GraftworkError,
+    InputError,
+    OperationError,
+    UnavailableNameError,
+)
 
 # -------------------------------------------------------------------- models
 
@@ -1056,3 +1066,928 @@ def test_a_vector_that_is_zero_yet_added_to_a_computed_name_has_its_gradient(
             results.append(tracer.output.logits[0, -1, 7].save())
     slope = (results[1].value - results[0].value) / 2e-2
     torch.testing.assert_close(gradients[0][index], slope, rtol=2e-2, atol=2e-3)
+
+
+# -------------------------------------------------------------------- batches
+
+
+READS = "pattern scores q k v z head_out resid_mid ln1_scale mlp_post q_input expert_out".split()
+
+
+@pytest.mark.slow
+@settings(
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(data=st.data())
+def test_prompts_of_different_lengths_in_a_batch_are_each_as_alone(data: Any, zoo: Zoo) -> None:
+    name = data.draw(st.sampled_from(sorted(set(ATTENDING) - {"falcon_alibi_eager"})))
+    model = zoo.model(name)
+    lengths = data.draw(st.lists(st.integers(2, 9), min_size=2, max_size=3))
+    prompts = zoo.tools.prompts(*lengths, seed=data.draw(st.integers(0, 3)))
+    reads = [one for one in READS if one in names_at(model, 1)]
+    written = data.draw(st.sampled_from([one for one in reads if one != "scores"]))
+    changed = data.draw(st.integers(0, len(prompts) - 1))
+
+    def change(old: torch.Tensor) -> torch.Tensor:
+        return old * 1.5 + 0.1
+
+    found = []
+    with model.trace() as tracer:
+        for number, prompt in enumerate(prompts):
+            with tracer.invoke(prompt):
+                if number == changed:
+                    _assign(model.layers[0], written)
+                boxes = {one: getattr(model.layers[1], one).save() for one in reads}
+                found.append((boxes, model.logits.save()))
+    for number, (prompt, (boxes, logits)) in enumerate(zip(prompts, found, strict=True)):
+        edits = {(0, written): change} if number == changed else {}
+        expected = zoo.plain(name, prompt[None], edits)
+        for one, box in boxes.items():
+            same(box, expected.seen[1, one], (name, one), atol=2e-4)
+        same(logits, expected.logits, name, atol=2e-3)
+
+
+def test_a_sweep_is_the_same_with_and_without_the_planner(zoo: Zoo) -> None:
+    for name in ("gpt2", "llama", "gpt_oss"):
+        model, results = zoo.model(name), []
+        for options in ({}, {"plan": False}):
+            boxes = []
+            with model.trace(**options) as tracer:
+                for layer in range(3):
+                    for head in range(4):
+                        with tracer.invoke(IDS):
+                            model.layers[layer].z[:, :, head] = 0
+                            boxes.append(model.logits.save())
+                        with tracer.invoke(IDS):
+                            model.layers[layer].pattern[:, head] = 0
+                            boxes.append(model.logits.save())
+                        with tracer.invoke(IDS):
+                            model.layers[layer].head_out[:, :, head] = 0
+                            boxes.append(model.logits.save())
+            results.append(boxes)
+        for number, (one, other) in enumerate(zip(*results, strict=True)):
+            same(one, other.value, (name, number))
+        zero_z = results[0][0::3]
+        for one, other in zip(zero_z, results[0][1::3], strict=True):
+            same(one, other.value, name)  # no pattern, no z
+        for one, other in zip(zero_z, results[0][2::3], strict=True):
+            same(one, other.value, name)  # no z, no output
+
+        def no_head(old: torch.Tensor) -> torch.Tensor:
+            old[:, :, 3] = 0
+            return old
+
+        expected = zoo.plain(name, IDS, {(1, "z"): no_head}).logits
+        same(zero_z[7], expected, name, atol=1e-4)
+
+
+def test_several_names_of_one_layer_are_changed_in_one_block(zoo: Zoo) -> None:
+    for name in ("llama", "gpt2", "gemma3_text", "bloom", "bert"):
+        model = zoo.model(name)
+        with model.trace(IDS) as tracer:
+            layer = model.layers[1]
+            layer.resid_mid += 0.3
+            layer.z[:, :, 1] = 0.5
+            layer.pattern[:, 2, :, 0] = 0.25
+            layer.q *= 1.25
+            layer.v[:, 3] = 0.125
+            pattern, z = layer.pattern.save(), layer.z.save()
+            logits = tracer.output.logits.save()
+
+        def first(old: torch.Tensor) -> torch.Tensor:
+            old[:, 2, :, 0] = 0.25
+            return old
+
+        def head(old: torch.Tensor) -> torch.Tensor:
+            old[:, :, 1] = 0.5
+            return old
+
+        def token(old: torch.Tensor) -> torch.Tensor:
+            old[:, 3] = 0.125
+            return old
+
+        expected = zoo.plain(
+            name,
+            IDS,
+            {
+                (1, "resid_mid"): lambda old: old + 0.3,
+                (1, "z"): head,
+                (1, "pattern"): first,
+                (1, "q"): lambda old: old * 1.25,
+                (1, "v"): token,
+            },
+        )
+        same(pattern, first(expected.seen[1, "pattern"]), name)
+        same(z, head(expected.seen[1, "z"]), name)
+        same(logits, expected.logits, name, atol=1e-4)
+
+
+def test_only_layers_whose_pattern_is_used_leave_fused_attention(
+    zoo: Zoo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fused, calls = torch.nn.functional.scaled_dot_product_attention, []
+
+    def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if not isinstance(args[0], torch._subclasses.FakeTensor) and not args[0].is_meta:
+            calls.append(args[0].shape)
+        return fused(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    for name in ("gpt2", "llama", "falcon", "bert", "opt"):
+        model = zoo.model(name)
+        for read, count in (("pattern", 2), ("scores", 2), ("q", 3), ("z", 3)):
+            with model.trace(IDS) as tracer:
+                getattr(model.layers[1], read).save()
+                tracer.output.logits.save()
+            assert len(calls) == count, (name, read)
+            calls.clear()
+        implementations = {
+            child.config._attn_implementation
+            for child in zoo(name).modules()
+            if hasattr(child, "config")
+        }
+        assert implementations == {"sdpa"}
+
+
+def test_a_mask_of_the_users_own_is_kept_by_the_eager_layer(zoo: Zoo) -> None:
+    mask = torch.tensor([[1, 1, 0, 1, 1, 1, 1]])
+    for name in ("gpt2", "llama", "mistral", "falcon", "bert"):
+        model, module = zoo.model(name), zoo.eager(name)
+        with torch.no_grad():
+            expected = module(IDS, attention_mask=mask, output_attentions=True)
+        with model.trace({"input_ids": IDS, "attention_mask": mask}) as tracer:
+            patterns = [layer.pattern.save() for layer in model.layers]
+            logits = tracer.output.logits.save()
+        for one, other in zip(patterns, expected.attentions, strict=True):
+            if one.value.shape == other.shape:
+                same(one.value[:, :, 3:], other[:, :, 3:], name)
+        same(logits.value[:, 3:], expected.logits[:, 3:], name, atol=1e-4)
+
+
+# -------------------------------------------------------------------- generation
+
+
+def _grown(zoo: Zoo, name: str, count: int, edits: Any) -> tuple[torch.Tensor, list[Plain]]:
+    """Greedy generation without a cache: whole forwards, each with the edits."""
+    ids, passes = IDS, []
+    for _ in range(count):
+        passes.append(zoo.plain(name, ids, edits))
+        ids = torch.cat([ids, passes[-1].logits[:, -1:].argmax(-1)], 1)
+    return ids, passes
+
+
+def _no_head(old: torch.Tensor) -> torch.Tensor:
+    old[:, :, 2] = 0
+    return old
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["gpt2", "llama", "mistral", "gpt_oss", "gemma2", "bloom", "falcon"]
+)
+def test_names_at_every_step_of_a_generation(name: str, zoo: Zoo) -> None:
+    model, count = zoo.model(name), 6
+    ids, passes = _grown(zoo, name, count, {(1, "z"): _no_head, (2, "head_out"): _no_head})
+    with model.generate(IDS, max_new_tokens=count, do_sample=False) as generator:
+        with generator.all():
+            model.layers[1].z[:, :, 2] = 0
+            model.layers[2].head_out[:, :, 2] = 0
+            patterns = model.layers[2].pattern.save()
+            middles = model.layers[1].ln1_normalized.save()
+    assert torch.equal(generator.output, ids)
+    assert len(patterns.value) == len(middles.value) == count
+    for step, one in enumerate(passes):
+        tokens = IDS.shape[1] if step == 0 else 1
+        same(middles.value[step], one.seen[1, "ln1_normalized"][:, -tokens:], (name, step), 1e-4)
+        pattern = one.seen[2, "pattern"][:, :, -tokens:]
+        found = patterns.value[step]
+        same(found, pattern[..., -found.shape[-1] :], (name, step), 1e-4)
+        # A window's cache may have let go of keys that are not seen.
+        assert pattern[..., : -found.shape[-1]].abs().sum() == 0
+
+
+def test_names_of_one_step_of_a_generation(zoo: Zoo) -> None:
+    model = zoo.model("llama")
+    _, passes = _grown(zoo, "llama", 3, {})
+    with model.generate(max_new_tokens=3, do_sample=False) as generator:
+        with generator.invoke(IDS) as invoker:
+            first = model.layers[1].pattern.save()
+            invoker.next()
+            second = model.layers[1].pattern.save()
+            invoker.next()
+            z = model.layers[1].z.save()
+            model.layers[2].pattern[:, 1] = 0
+            after = model.layers[2].z.save()
+    same(first, passes[0].seen[1, "pattern"])
+    same(second, passes[1].seen[1, "pattern"][:, :, -1:])
+    same(z, passes[2].seen[1, "z"][:, -1:])
+    assert after.value[:, :, 1].abs().max() == 0
+
+
+# -------------------------------------------------------------------- gradients, kinds of numbers
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "mixtral", "bert"])
+def test_gradients_of_names_equal_those_of_an_eager_model(name: str, zoo: Zoo) -> None:
+    model, module, places = zoo.model(name), zoo.eager(name), TABLE[name]
+    block = module.get_submodule(places.blocks)[1]
+    kept: dict[str, torch.Tensor] = {}
+
+    def keep(key: str, value: torch.Tensor) -> torch.Tensor:
+        kept[key] = value
+        value.retain_grad()
+        return value
+
+    handles = [
+        block.register_forward_pre_hook(
+            lambda _, args: (keep("resid_pre", args[0] * 1.0), *args[1:])
+        ),
+        block.get_submodule(places.out).register_forward_pre_hook(
+            lambda _, args: (keep("z", args[0] * 1.0),)
+        ),
+    ]
+    watch = Watch(block.get_submodule(places.core), keep)
+    try:
+        with watch:
+            module(IDS).logits[0, -1].logsumexp(-1).backward()
+    finally:
+        for handle in (*handles, *watch.handles):
+            handle.remove()
+        module.zero_grad()
+    with model.trace(IDS) as tracer:
+        layer = model.layers[1]
+        grads = {
+            one: getattr(layer, one).grad.save() for one in ("resid_pre", "z", "pattern", "scores")
+        }
+        tracer.output.logits[0, -1].logsumexp(-1).backward()
+    for one, box in grads.items():
+        assert kept[one].grad is not None
+        same(box, kept[one].grad.reshape(box.value.shape), (name, one), atol=1e-5)  # type: ignore[union-attr]
+
+
+class Watch(TorchFunctionMode):
+    """Keeps input and output of the softmax inside a module."""
+
+    def __init__(self, module: Any, keep: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.keep, self.inside = keep, False
+        self.handles = [
+            module.register_forward_pre_hook(lambda *_: setattr(self, "inside", True)),
+            module.register_forward_hook(lambda *_: setattr(self, "inside", False)),
+        ]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self.inside or getattr(func, "__name__", "") != "softmax":
+            return func(*args, **(kwargs or {}))
+        scores = self.keep("scores", args[0] * 1.0)
+        return self.keep("pattern", func(scores, *args[1:], **(kwargs or {})))
+
+
+def test_a_backward_goes_through_an_edit_of_the_pattern(zoo: Zoo) -> None:
+    model = zoo.model("llama")
+    share = torch.tensor(0.3, requires_grad=True)
+    with model.trace(IDS) as tracer:
+        pattern = model.layers[1].pattern
+        pattern[:, 1] = pattern[:, 1] * share
+        tracer.output.logits[0, -1, 5].backward()
+
+    def result(size: float) -> torch.Tensor:
+        def change(old: torch.Tensor) -> torch.Tensor:
+            old[:, 1] *= size
+            return old
+
+        return zoo.plain("llama", IDS, {(1, "pattern"): change}).logits[0, -1, 5]
+
+    slope = (result(0.31) - result(0.29)) / 0.02
+    assert share.grad is not None
+    torch.testing.assert_close(share.grad, slope, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma3_text", "bert", "mixtral"])
+def test_half_precision(name: str, zoo: Zoo) -> None:
+    model: Any = LanguageModel(zoo.fresh(name).to(torch.bfloat16))
+    expected = zoo.plain(name, IDS)
+    assert model.cfg.dtype is torch.bfloat16
+    wanted = [one for one in names_at(model, 0) if one != "expert_indices"]
+    with model.trace(IDS):
+        boxes = {one: getattr(model.layers[0], one).save() for one in wanted}
+    for one, box in boxes.items():
+        if one not in POINTS and not one.startswith("expert"):
+            # The softmax of some files is in single precision, whatever the model is.
+            assert one in ("scores", "pattern") or box.value.dtype is torch.bfloat16, one
+            value, other = box.value.float(), expected.seen[0, one]
+            seen = other > -1e4
+            torch.testing.assert_close(value[seen], other[seen], rtol=0.1, atol=0.15)
+    with model.trace(IDS) as tracer:
+        model.layers[0].head_out[:, :, 1] = 0
+        model.layers[1].pattern[:, 0] = 0
+        model.layers[2].resid_post += 0
+        logits = tracer.output.logits.save()
+
+    def head(axis: int, index: int) -> Change:
+        return lambda old: old.index_fill(axis, torch.tensor(index), 0.0)
+
+    other = zoo.plain(name, IDS, {(0, "head_out"): head(2, 1), (1, "pattern"): head(1, 0)}).logits
+    error = (logits.value.float() - other).norm() / other.norm()
+    assert error < 0.06, error
+
+
+# -------------------------------------------------------------------- other blocks
+
+
+def test_sessions_edits_and_scans_take_names(zoo: Zoo) -> None:
+    model = zoo.model("llama")
+    with model.session():
+        with model.trace(IDS):
+            z = model.layers[0].z
+            pattern = model.layers[1].pattern
+        with model.trace(IDS[:, :7]) as tracer:
+            model.layers[1].z = z * 2
+            model.layers[2].pattern = pattern
+            logits = tracer.output.logits.save()
+    base = zoo.plain("llama", IDS).seen
+    expected = zoo.plain(
+        "llama",
+        IDS,
+        {(1, "z"): lambda _: base[0, "z"] * 2, (2, "pattern"): lambda _: base[1, "pattern"]},
+    )
+    same(logits, expected.logits, atol=1e-4)
+
+    with model.edit() as edited:
+        model.layers[1].z[:, :, 2] = 0
+        model.layers[2].head_out[:, :, 2] = 0
+        model.layers[0].ln1_normalized *= 1.5
+    expected = zoo.plain(
+        "llama",
+        IDS,
+        {
+            (1, "z"): _no_head,
+            (2, "head_out"): _no_head,
+            (0, "ln1_normalized"): lambda old: old * 1.5,
+        },
+    )
+    with edited.trace(IDS) as tracer:
+        logits = tracer.output.logits.save()
+    same(logits, expected.logits, atol=1e-4)
+    with model.trace(IDS) as tracer:
+        logits = tracer.output.logits.save()
+    same(logits, zoo.plain("llama", IDS).logits)
+
+    with model.scan(IDS):
+        assert tuple(model.layers[1].pattern.shape) == (1, 4, 7, 7)
+        assert tuple(model.layers[1].k.shape) == (1, 7, 2, 4)
+        assert tuple(model.layers[1].head_out.shape) == (1, 7, 4, 16)
+        assert tuple(model.logits.shape) == (1, 7, 61)
+
+
+def test_an_edit_of_a_pattern_lasts(zoo: Zoo) -> None:
+    model = zoo.model("llama")
+    with model.edit() as edited:
+        model.layers[1].pattern[:, 1] = 0
+    with edited.trace(IDS) as tracer:
+        logits = tracer.output.logits.save()
+
+    def change(old: torch.Tensor) -> torch.Tensor:
+        old[:, 1] = 0
+        return old
+
+    same(logits, zoo.plain("llama", IDS, {(1, "pattern"): change}).logits, atol=1e-4)
+
+
+def test_branches_on_names(zoo: Zoo) -> None:
+    model = zoo.model("gpt2")
+    for above, wanted in ((-1e3, True), (1e3, False)):
+        with model.trace(IDS) as tracer:
+            with tracer.cond(model.layers[0].z.sum() > above):
+                model.layers[1].head_out[:, :, 2] = 0
+                model.layers[1].head_out[:, :, 2] = 0
+            with tracer.otherwise():
+                model.layers[1].head_out += 0.25
+            logits = tracer.output.logits.save()
+        change = _no_head if wanted else (lambda old: old + 0.25)
+        same(logits, zoo.plain("gpt2", IDS, {(1, "head_out"): change}).logits, wanted, 1e-4)
+        # Beside changes before the branch and behind it.
+        with model.trace(IDS) as tracer:
+            layer = model.layers[1]
+            layer.head_out[:, :, 1] = 0.5
+            layer.ln1_normalized[:, 1] = 0
+            with tracer.cond(model.layers[0].z.sum() > above):
+                layer.head_out[:, :, 1] = 0.5
+                layer.head_out[:, :, 2] = 0
+                layer.ln1_normalized[:, 2] = 0
+                layer.ln1_normalized[:, 3] = 0
+            layer.head_out[:, :, 3] = 0.25
+            layer.ln1_normalized[:, 4] = 0
+            logits = tracer.output.logits.save()
+
+        def both(old: torch.Tensor, wanted: bool = wanted) -> torch.Tensor:
+            old[:, :, 1], old[:, :, 3] = 0.5, 0.25
+            return _no_head(old) if wanted else old
+
+        def rows(old: torch.Tensor, wanted: bool = wanted) -> torch.Tensor:
+            old[:, [1, 2, 3, 4] if wanted else [1, 4]] = 0
+            return old
+
+        edits = {(1, "head_out"): both, (1, "ln1_normalized"): rows}
+        same(logits, zoo.plain("gpt2", IDS, edits).logits, wanted, 1e-4)
+
+
+def test_two_threads_read_patterns_and_fused_layers_at_once(zoo: Zoo) -> None:
+    model, wrong = zoo.model("llama"), []
+    expected = {one: zoo.plain("llama", IDS + one) for one in (0, 1)}
+
+    def work(one: int) -> None:
+        for number in range(6):
+            with model.trace(IDS + one) as tracer:
+                if number % 2 == one:
+                    pattern = model.layers[1].pattern.save()
+                logits = tracer.output.logits.save()
+            try:
+                same(logits, expected[one].logits)
+                if number % 2 == one:
+                    same(pattern, expected[one].seen[1, "pattern"])
+            except AssertionError as error:
+                wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=(one,)) for one in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+# -------------------------------------------------------------------- what there is not
+
+
+def test_names_that_do_not_exist_say_why(zoo: Zoo) -> None:
+    parallel, mamba = zoo.model("gptj"), zoo.model("mamba")
+    with parallel.trace(IDS):
+        with pytest.raises(UnavailableNameError, match=r"layers\[1\]\.resid_mid.*parallel"):
+            parallel.layers[1].resid_mid
+        with pytest.raises(UnavailableNameError, match="parallel"):
+            parallel.layers[1].resid_mid = 0
+        assert not hasattr(parallel.layers[1], "resid_mid")
+        assert hasattr(parallel.layers[1], "z")
+        assert not hasattr(parallel, "pos_embed")
+        with pytest.raises(UnavailableNameError, match="rotary"):
+            parallel.pos_embed
+        parallel.layers[1].z.save()
+    with mamba.trace(IDS):
+        for one in ("pattern", "z", "mlp_in", "head_out", "q_pre"):
+            with pytest.raises(UnavailableNameError, match="mixer_in and mixer_out"):
+                getattr(mamba.layers[0], one)
+        mamba.layers[0].mixer_out.save()
+    with zoo.model("mixtral").trace(IDS):
+        with pytest.raises(UnavailableNameError, match="expert_out"):
+            zoo.model("mixtral").layers[0].mlp_post
+        zoo.model("mixtral").layers[0].z.save()
+    with zoo.model("falcon_alibi").trace(IDS):
+        with pytest.raises(UnavailableNameError, match="eager"):
+            zoo.model("falcon_alibi").layers[0].pattern
+        zoo.model("falcon_alibi").layers[0].z.save()
+
+
+def test_unknown_names_list_near_ones(zoo: Zoo) -> None:
+    model = zoo.model("llama")
+    with model.trace(IDS):
+        with pytest.raises(UnavailableNameError, match=r"patern.*`pattern`"):
+            model.layers[0].patern
+        with pytest.raises(UnavailableNameError, match="`resid_mid`"):
+            model.layers[0].resid_midd
+        with pytest.raises(UnavailableNameError, match="hook_z"):
+            model.hook("blocks.0.attn.hook_zz")
+        with pytest.raises(UnavailableNameError, match="there are 3 layers"):
+            model.hook("blocks.3.attn.hook_z")
+        with pytest.raises(InputError, match="layer=3"):
+            model.hook("z")
+        assert not hasattr(model.layers[0], "resid_midd")
+        model.layers[0].z.save()
+
+
+def test_layers_are_indexed_by_number(zoo: Zoo) -> None:
+    model = zoo.model("llama")
+    assert len(model.layers) == 3
+    assert model.layers[-1].index == 2
+    assert [layer.index for layer in model.layers[1:]] == [1, 2]
+    assert [layer.index for layer in model.layers] == [0, 1, 2]
+    for wrong in (3, -4):
+        with pytest.raises(UnavailableNameError, match="there are 3 layers"):
+            model.layers[wrong]
+    with pytest.raises(OperationError, match="by number"):
+        model.layers["0"]
+    assert model.layers[1].self_attn.path == "model.layers.1.self_attn"
+    assert {"z", "self_attn", "support"} <= set(dir(model.layers[1]))
+
+
+def test_names_are_values_of_a_block_alone(zoo: Zoo) -> None:
+    model = zoo.model("llama")
+    for read in (
+        lambda: model.layers[0].z,
+        lambda: model.logits,
+        lambda: model.hook("blocks.0.attn.hook_z"),
+        lambda: model.layers[0].pattern,
+        lambda: model.layers[0].head_out,
+    ):
+        with pytest.raises(BlockError, match="inside a block"):
+            read()
+    with pytest.raises(BlockError, match="inside a block"):
+        model.layers[0].z = 0
+    with model.trace() as tracer:
+        with pytest.raises(BlockError):
+            model.layers[0].head_out
+        with tracer.invoke(IDS):
+            model.layers[0].z.save()
+
+
+def test_a_value_of_another_shape_is_refused(zoo: Zoo) -> None:
+    model = zoo.model("llama")
+    for one in ("z", "pattern", "head_out", "ln1_normalized"):
+        with pytest.raises((GraftworkError, RuntimeError, ValueError)):
+            with model.trace(IDS) as tracer:
+                setattr(model.layers[1], one, torch.zeros(1, 7, 3))
+                tracer.output.logits.save()
+
+
+def test_support_is_printed(zoo: Zoo) -> None:
+    text = str(zoo.model("gptj").layers[1].support())
+    assert text.startswith("layer 1 of GPTJForCausalLM, declared")
+    rows = {line.split()[0]: line for line in text.splitlines()[1:]}
+    assert "[batch, token, n_heads, d_head]" in rows["z"] and "attn.out_proj.input" in rows["z"]
+    assert "parallel" in rows["resid_mid"]
+    assert "computed from o_out, z" in rows["head_out"]
+    support = zoo.model("gptj").layers[1].support()
+    assert "resid_mid" in support.missing and "resid_mid" not in support.names
+    assert repr(support) == text
+
+
+# -------------------------------------------------------------------- other libraries' spellings
+
+SPELLINGS = {
+    "blocks.1.hook_resid_pre": "resid_pre",
+    "blocks.1.hook_resid_mid": "resid_mid",
+    "blocks.1.hook_resid_post": "resid_post",
+    "blocks.1.hook_attn_out": "attn_out",
+    "blocks.1.hook_mlp_out": "mlp_out",
+    "blocks.1.hook_mlp_in": "ln2_in",
+    "blocks.1.hook_q_input": "q_input",
+    "blocks.1.hook_k_input": "k_input",
+    "blocks.1.hook_v_input": "v_input",
+    "blocks.1.attn.hook_q": "q_pre",
+    "blocks.1.attn.hook_k": "k_pre",
+    "blocks.1.attn.hook_v": "v_pre",
+    "blocks.1.attn.hook_rot_q": "q",
+    "blocks.1.attn.hook_rot_k": "k",
+    "blocks.1.attn.hook_attn_scores": "scores",
+    "blocks.1.attn.hook_pattern": "pattern",
+    "blocks.1.attn.hook_z": "z",
+    "blocks.1.attn.hook_result": "head_out",
+    "blocks.1.ln1.hook_scale": "ln1_scale",
+    "blocks.1.ln1.hook_normalized": "ln1_normalized",
+    "blocks.1.ln2.hook_scale": "ln2_scale",
+    "blocks.1.ln2.hook_normalized": "ln2_normalized",
+    "blocks.1.mlp.hook_pre": "mlp_pre",
+    "blocks.1.mlp.hook_pre_linear": "mlp_up",
+    "blocks.1.mlp.hook_post": "mlp_post",
+    "layer_1_pre_attn": "resid_pre",
+    "layer_1_attn_pre_out": "z",
+    "layer_1_post_attn": "attn_out",
+    "layer_1_pre_mlp": "resid_mid",
+    "layer_1_mlp_pre_out": "mlp_post",
+    "layer_1_post_mlp": "mlp_out",
+    "layer_1_pre_decoder": "resid_pre",
+    "layer_1_post_decoder": "resid_post",
+}
+WITH_LAYER = {
+    "resid.delta_attn": "attn_out",
+    "resid.post_attn": "resid_mid",
+    "resid.delta_mlp": "mlp_out",
+    "resid.post_mlp": "resid_post",
+    "attn_ln.scale": "ln1_scale",
+    "mlp_ln.scale": "ln2_scale",
+    "attn.q": "q",
+    "attn.k": "k",
+    "attn.v": "v",
+    "attn.qk_logits": "scores",
+    "attn.qk_probs": "pattern",
+    "attn.v_out": "z",
+    "mlp.pre_act": "mlp_pre",
+    "mlp.post_act": "mlp_post",
+    "layers_input": "resid_pre",
+    "layers_output": "resid_post",
+    "attentions_input": "attn_in",
+    "attentions_output": "attn_out",
+    "attention_probabilities": "pattern",
+    "mlps_input": "mlp_in",
+    "mlps_output": "mlp_out",
+    "z": "z",
+}
+OF_MODEL = {
+    "hook_embed": "embed",
+    "ln_final.hook_scale": "ln_final_scale",
+    "ln_final.hook_normalized": "ln_final_normalized",
+    "unembed.hook_in": "unembed_in",
+    "unembed.hook_out": "unembed_out",
+    "resid.post_ln_f": "ln_final",
+    "resid.ln_f.scale": "ln_final_scale",
+    "logits": "logits",
+}
+
+
+def test_spellings_of_other_libraries(zoo: Zoo) -> None:
+    model, expected = zoo.model("llama"), zoo.plain("llama", IDS).seen
+    with model.trace(IDS):
+        boxes = {
+            **{(name, (1, own)): model.hook(name).save() for name, own in SPELLINGS.items()},
+            **{(n, (1, own)): model.hook(n, layer=1).save() for n, own in WITH_LAYER.items()},
+            **{(name, (-1, own)): model.hook(name).save() for name, own in OF_MODEL.items()},
+            ("resid.post_emb", (0, "resid_pre")): model.hook("resid.post_emb").save(),
+            ("z", (2, "z")): model.hook("z", layer=-1).save(),
+        }
+    for (name, key), box in boxes.items():
+        same(box, expected[key], name)
+    with model.trace(IDS) as tracer:
+        model.hook("blocks.1.attn.hook_z")[:, :, 2] = 0
+        logits = tracer.output.logits.save()
+    same(logits, zoo.plain("llama", IDS, {(1, "z"): _no_head}).logits, atol=1e-4)
+
+
+# -------------------------------------------------------------------- mixtures of experts
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_an_edit_of_router_logits_changes_who_is_chosen(name: str, zoo: Zoo) -> None:
+    model = zoo.model(name)
+    with model.trace(IDS) as tracer:
+        layer = model.layers[1]
+        layer.router_logits[..., 3] = 100.0
+        indices, weights = layer.expert_indices.save(), layer.expert_weights.save()
+        parts, whole = layer.expert_out.save(), layer.experts_out.save()
+        logits = tracer.output.logits.save()
+
+    def change(old: torch.Tensor) -> torch.Tensor:
+        old[..., 3] = 100.0
+        return old
+
+    expected = zoo.plain(name, IDS, {(1, "router_logits"): change})
+    assert (indices.value[..., 0] == 3).all()
+    torch.testing.assert_close(weights.value[..., 0], torch.ones(1, 7))
+    assert torch.equal(indices.value, expected.seen[1, "expert_indices"])
+    same(parts.value.sum(2), whole.value, name)
+    same(logits, expected.logits, name, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_an_expert_is_ablated(name: str, zoo: Zoo) -> None:
+    model = zoo.model(name)
+    base = zoo.plain(name, IDS).seen
+    gone = int(base[1, "expert_indices"][0, 2, 0])
+    with model.trace(IDS) as tracer:
+        layer = model.layers[1]
+        layer.expert_out[:] = layer.expert_out * (layer.expert_indices != gone)[..., None]
+        logits = tracer.output.logits.save()
+
+    def change(old: torch.Tensor) -> torch.Tensor:
+        return old * (base[1, "expert_indices"] != gone)[..., None]
+
+    expected = zoo.plain(name, IDS, {(1, "expert_out"): change})
+    same(logits, expected.logits, name, atol=1e-4)
+    # The same, by weights that are zero.
+    with model.trace(IDS) as tracer:
+        layer = model.layers[1]
+        layer.expert_weights *= layer.expert_indices != gone
+        logits = tracer.output.logits.save()
+    same(logits, expected.logits, name, atol=1e-4)
+
+
+def test_other_experts_are_chosen_by_hand(zoo: Zoo) -> None:
+    model = zoo.model("mixtral")
+
+    def change(old: torch.Tensor) -> torch.Tensor:
+        return (old + 1) % 4
+
+    with model.trace(IDS) as tracer:
+        model.layers[1].expert_indices = (model.layers[1].expert_indices + 1) % 4
+        logits = tracer.output.logits.save()
+    expected = zoo.plain("mixtral", IDS, {(1, "expert_indices"): change})
+    same(logits, expected.logits, atol=1e-4)
+
+
+# -------------------------------------------------------------------- other kinds of models
+
+
+@pytest.mark.parametrize("name", ["mamba", "falcon_mamba"])
+def test_names_of_mamba(name: str, zoo: Zoo) -> None:
+    model, module = zoo.model(name), zoo(name)
+    seen = zoo.tools.plain(module, IDS)
+    block = "backbone.layers.1"
+    expected = {
+        "resid_pre": seen[block, "input"],
+        "resid_post": seen[block, "output"],
+        "mixer_in": seen[f"{block}.mixer", "input"],
+        "mixer_out": seen[f"{block}.mixer", "output"],
+        "ln1_in": seen[f"{block}.norm", "input"],
+        "ln1_out": seen[f"{block}.norm", "output"],
+    }
+    x = expected["ln1_in"]
+    expected["ln1_scale"] = (
+        x.pow(2).mean(-1, keepdim=True) + module.config.layer_norm_epsilon
+    ).sqrt()
+    expected["ln1_normalized"] = x / expected["ln1_scale"]
+    with model.trace(IDS):
+        assert set(model.layers[1].support().names) >= set(expected)
+        boxes = {one: getattr(model.layers[1], one).save() for one in expected}
+        own = {
+            one: getattr(model, one).save() for one in ("embed", "ln_final", "unembed_in", "logits")
+        }
+    for one, box in boxes.items():
+        same(box, expected[one], one)
+    same(own["embed"], seen["backbone.embeddings", "output"])
+    same(own["ln_final"], seen["backbone.norm_f", "output"])
+    same(own["logits"], seen["lm_head", "output"])
+    for one, place in (
+        ("mixer_out", (f"{block}.mixer", "output")),
+        ("ln1_out", (f"{block}.norm", "output")),
+        ("resid_post", (block, "output")),
+    ):
+        with model.trace(IDS) as tracer:
+            _add(model.layers[1], one)
+            logits = tracer.output.logits.save()
+        other = zoo.tools.plain(module, IDS, edits={place: _added})
+        same(logits, other["lm_head", "output"], one, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def t5() -> Any:
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=61,
+        d_model=16,
+        d_kv=8,
+        d_ff=24,
+        num_layers=2,
+        num_decoder_layers=3,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        decoder_start_token_id=0,
+    )
+    module = transformers.T5ForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3 + (parameter.ndim == 1))
+    return module
+
+
+STARTED = torch.tensor([[0, 5, 6, 9]])
+
+
+def _t5_eager(t5: Any) -> Any:
+    config = copy.deepcopy(t5.config)
+    config._attn_implementation = "eager"
+    other = type(t5)._from_config(config, attn_implementation="eager").eval()
+    other.load_state_dict(t5.state_dict())
+    return other
+
+
+def test_names_of_t5(t5: Any, tools: SimpleNamespace) -> None:
+    model: Any = LanguageModel(t5)
+    with pytest.raises(UnavailableNameError, match=r"encoder_layers.*decoder_layers"):
+        model.layers
+    assert (len(model.encoder_layers), len(model.decoder_layers)) == (2, 3)
+    eager = _t5_eager(t5)
+    with torch.no_grad():
+        result = eager(IDS, decoder_input_ids=STARTED, output_attentions=True)
+    seen = tools.plain(eager, IDS, decoder_input_ids=STARTED)
+    with model.trace(IDS, decoder_input_ids=STARTED) as tracer:
+        patterns = [layer.pattern.save() for layer in model.encoder_layers]
+        own = [layer.pattern.save() for layer in model.decoder_layers]
+        crossed = [layer.cross_pattern.save() for layer in model.decoder_layers]
+        layer = model.decoder_layers[1]
+        places = {
+            ("decoder.block.1.layer.0.SelfAttention.o", "input"): layer.z.save(),
+            ("decoder.block.1.layer.1.EncDecAttention.o", "input"): layer.cross_z.save(),
+            ("decoder.block.1.layer.0", "output"): layer.resid_mid.save(),
+            ("decoder.block.1.layer.1", "output"): layer.resid_mid_cross.save(),
+            ("decoder.block.1", "output"): layer.resid_post.save(),
+            ("decoder.block.1.layer.2.DenseReluDense.wi_0", "output"): layer.mlp_pre.save(),
+            ("decoder.block.1.layer.2.DenseReluDense.wi_1", "output"): layer.mlp_up.save(),
+            ("decoder.block.1.layer.2.DenseReluDense.wo", "input"): layer.mlp_post.save(),
+            ("decoder.block.1.layer.1.EncDecAttention", "output"): layer.cross_attn_out.save(),
+            ("encoder.block.1.layer.0.SelfAttention.q", "output"): model.encoder_layers[
+                1
+            ].q_pre.save(),
+            ("decoder.final_layer_norm", "output"): model.ln_final.save(),
+        }
+        logits = tracer.output.logits.save()
+    for found, expected in (
+        (patterns, result.encoder_attentions),
+        (own, result.decoder_attentions),
+        (crossed, result.cross_attentions),
+    ):
+        for one, other in zip(found, expected, strict=True):
+            same(one, other)
+    for place, box in places.items():
+        value = seen[place]
+        value = value[0] if isinstance(value, tuple) else value
+        same(box, value.reshape(box.value.shape), place, atol=1e-4)
+    same(logits, result.logits, atol=1e-4)
+
+
+def test_edits_of_t5(t5: Any, tools: SimpleNamespace) -> None:
+    model: Any = LanguageModel(t5)
+    with model.trace(IDS, decoder_input_ids=STARTED) as tracer:
+        model.encoder_layers[0].z[:, :, 2] = 0
+        model.decoder_layers[1].cross_z[:, :, 1] = 0.5
+        model.decoder_layers[2].head_out[:, :, 3] = 0
+        logits = tracer.output.logits.save()
+
+    def head(index: int, value: float) -> Change:
+        def change(old: torch.Tensor) -> torch.Tensor:
+            old[..., 8 * index : 8 * index + 8] = value
+            return old
+
+        return change
+
+    expected = tools.plain(
+        t5,
+        IDS,
+        decoder_input_ids=STARTED,
+        edits={
+            ("encoder.block.0.layer.0.SelfAttention.o", "input"): head(2, 0),
+            ("decoder.block.1.layer.1.EncDecAttention.o", "input"): head(1, 0.5),
+            ("decoder.block.2.layer.0.SelfAttention.o", "input"): head(3, 0),
+        },
+    )
+    same(logits, expected["lm_head", "output"], atol=1e-4)
+    # Without the pattern of a head there is nothing of it.
+    with model.trace(IDS, decoder_input_ids=STARTED) as tracer:
+        model.decoder_layers[1].cross_pattern[:, 1] = 0
+        model.encoder_layers[0].pattern[:, 2] = 0
+        logits = tracer.output.logits.save()
+    expected = tools.plain(
+        t5,
+        IDS,
+        decoder_input_ids=STARTED,
+        edits={
+            ("encoder.block.0.layer.0.SelfAttention.o", "input"): head(2, 0),
+            ("decoder.block.1.layer.1.EncDecAttention.o", "input"): head(1, 0),
+        },
+    )
+    same(logits, expected["lm_head", "output"], atol=1e-4)
+    assert model.verify_names(IDS, decoder_input_ids=STARTED).ok
+
+
+def test_names_of_vit(tools: SimpleNamespace) -> None:
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=24,
+        image_size=8,
+        patch_size=4,
+        num_labels=5,
+    )
+    module = transformers.ViTForImageClassification(config).eval()
+    model: Any = Model(module)
+    pixels = torch.randn(2, 3, 8, 8)
+    eager = type(module)._from_config(config, attn_implementation="eager").eval()
+    eager.load_state_dict(module.state_dict())
+    with torch.no_grad():
+        result = eager(pixel_values=pixels, output_attentions=True)
+    seen = tools.plain(module, pixel_values=pixels)
+    with model.trace(pixel_values=pixels):
+        patterns = [layer.pattern.save() for layer in model.layers]
+        layer = model.layers[1]
+        boxes = {
+            ("vit.layers.1", "output"): layer.resid_post.save(),
+            ("vit.layers.1.layernorm_after", "input"): layer.resid_mid.save(),
+            ("vit.layers.1.attention.o_proj", "input"): layer.z.save(),
+            ("vit.layers.1.mlp.fc2", "input"): layer.mlp_post.save(),
+            ("vit.layernorm", "output"): model.ln_final.save(),
+            ("classifier", "output"): model.logits.save(),
+        }
+    for one, other in zip(patterns, result.attentions, strict=True):
+        same(one, other)
+    for place, box in boxes.items():
+        same(box, seen[place].reshape(box.value.shape), place)
+
+    def head(old: torch.Tensor) -> torch.Tensor:
+        old[..., 8:12] = 0
+        return old
+
+    with model.trace(pixel_values=pixels) as tracer:
+        model.layers[1].z[:, :, 2] = 0
+        logits = tracer.output.logits.save()
+    edits = {("vit.layers.1.attention.o_proj", "input"): head}
+    same(logits, tools.plain(module, pixel_values=pixels, edits=edits)["classifier", "output"])
+    assert model.verify_names(pixel_values=pixels[:1]).ok
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert", "mamba", "gpt_oss", "falcon_groups"])
+def test_every_promise_holds_by_its_own_check(name: str, zoo: Zoo) -> None:
+    report = zoo.model(name).verify_names(IDS, strict=False)
+    assert report.ok, str(report)
