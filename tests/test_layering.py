@@ -20,8 +20,10 @@ ROOMS: dict[str, set[str]] = {
     "tracing": set(),
     "intervention": {"tracing"},
     "envoy": {"tracing"},
-    "models": {"tracing", "intervention", "envoy"},
-    "lens": {"tracing", "intervention", "envoy", "models"},
+    "policies": {"tracing", "envoy"},
+    "models": {"tracing", "intervention", "envoy", "policies"},
+    "lens": {"tracing", "intervention", "envoy", "models", "policies"},
+    "pruning": {"tracing", "intervention", "envoy", "models", "policies"},
 }
 HEAVY = ("transformers", "accelerate", "bitsandbytes", "diffusers")
 VAGUE_NAMES = {"util", "utils", "helper", "helpers", "common", "misc"}

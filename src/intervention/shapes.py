@@ -185,6 +185,17 @@ class Shapes:
             f"`.t`: which axis of {node.describe()} counts tokens cannot be told; index that axis."
         )
 
+    def positions(self, node: Node) -> list[tuple[int, int, int]]:
+        """Where the own tokens of each row lie on the token axis of the value of `node`: first column,
+        the column behind the last, and the number of the first among the prompt's own tokens."""
+        hook_point = _origin(node)
+        step = hook_point.step if hook_point is not None else 0
+        spans, width = self._spans(node, step)
+        if not step or width > 1:
+            return [(start, stop, 0) for start, stop in spans]
+        lengths = [stop - start for p in self._prompts(node) for start, stop in p.spans]
+        return [(0, 1, length + step - 1) for length in lengths]
+
     def token_index(self, node: Node, key: Any) -> Any:
         """The index that takes `key` of each row's own tokens out of the value of `node`.
 

@@ -534,7 +534,7 @@ class HookedTransformer:
         if start is not None and stop is not None and start > stop:
             raise InputError(f"start_at_layer={start} is behind stop_at_layer={stop}")
         plain = not names and stop is None and start is None and not self._hooks.active()
-        if plain and self.model.lasting_edits() is None:
+        if plain and not self.model.lasting_edits():
             result, kept = self._plain(prompt, past_kv_cache), dict[str, torch.Tensor]()
         else:
             result, kept = self._block(prompt, past_kv_cache, start, stop, names, slice)
@@ -591,7 +591,7 @@ class HookedTransformer:
         inputs = {"input_ids": prompt.ids, "attention_mask": prompt.mask}
         repeats = start is None and cache is None and not self._hooks.active()
         key = (tuple(names), repr(slice), stop, torch.is_grad_enabled(), bool(prompt.mask.all()))
-        if repeats and self.model.lasting_edits() is None:
+        if repeats and not self.model.lasting_edits():
             known = self._experiments.get(key)
             if known is not None and known[0] == prompt.ids.shape:
                 values = list(known[1](inputs))
@@ -627,7 +627,7 @@ class HookedTransformer:
                 result = layers.read(stop, "resid_pre").save()
         if cache is not None:
             cache.add_mask(prompt.mask)
-        if repeats and self.model.lasting_edits() is None:
+        if repeats and not self.model.lasting_edits():
             # The next forward of this form need not be recorded.
             while len(self._experiments) >= _REMEMBERED:
                 self._experiments.pop(next(iter(self._experiments)))

@@ -38,6 +38,7 @@ from ..intervention import (
 )
 from ..intervention.rows import bytes_each
 from ..intervention.source import InnerOperation
+from ..policies import HookConfig, Hooks
 from ..tracing.context import Tracer, current_tracer
 from ..tracing.edit import Edit
 from ..tracing.errors import (
@@ -69,6 +70,8 @@ from .weights import dequantized
 
 logger = logging.getLogger("graftwork")
 
+#: More operations than a template has.
+_MANY = 1 << 32
 #: Unified names of the model itself. A submodule of that name is meant first.
 _UNIFIED = frozenset(
     "layers embed pos_embed ln_final ln_final_in ln_final_scale ln_final_normalized logits unembed_in "
@@ -106,13 +109,31 @@ class Model(Envoy):
         rename: further names for modules: `{"attn": "attention"}` beside each module of that name,
             `{"transformer.h": "layers"}` at the root for the module at that path, `{nn.Linear: …}`
             beside each of a class. Several names are a list.
+        hook_config: which policies `model.hooks` has where; see `set_hook_config`.
+
+    With a hub id or folder instead of a module, it is a `LanguageModel`.
 
     Example:
         with model.trace(x):
             hidden = model.layer1.output.save()
     """
 
-    def __init__(self, module: torch.nn.Module, *, rename: Mapping[Any, Any] | None = None) -> None:
+    #: What loads a model by name: set by the room's LanguageModel.
+    _loads: type[Model] | None = None
+
+    def __new__(cls, module: Any = None, *args: Any, **kwargs: Any) -> Any:
+        named = isinstance(module, str) or hasattr(module, "__fspath__")
+        if cls is Model and named and cls._loads is not None:
+            return object.__new__(cls._loads)  # whose __init__ Python calls next
+        return object.__new__(cls)
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        *,
+        rename: Mapping[Any, Any] | None = None,
+        hook_config: str | HookConfig | None = None,
+    ) -> None:
         if not isinstance(module, torch.nn.Module):
             raise LoadError(
                 f"Model takes a torch.nn.Module, not {type(module).__name__}. For a hub id or folder "
@@ -126,10 +147,13 @@ class Model(Envoy):
         self._module = module
         self._edits: Template | None = None
         self._vocabularies: dict[str, Vocabulary] = {}
+        self._hooks: Hooks | None = None
         self._set_up()
         self._names: Names = {}
         if rename:
             self._names = names_of(self.module_tree(), rename, self._is_taken)
+        if hook_config is not None:
+            self.set_hook_config(hook_config)
 
     def _is_taken(self, module: torch.nn.Module, name: str) -> bool:
         """True for a name that has a meaning below a module."""
@@ -249,9 +273,34 @@ class Model(Envoy):
         """
         edits.load(self, file)
 
-    def lasting_edits(self) -> Template | None:
-        """The edits, as they are placed for each prompt."""
-        return self._edits
+    def lasting_edits(self) -> list[Template]:
+        """Policies and edits, as they are placed for each prompt."""
+        policies = None if self._hooks is None else self._hooks.template()
+        found = [one for one in (policies, self._edits) if one is not None]
+        for number, template in enumerate(found):
+            template.number = number * _MANY
+        return found
+
+    def policy_names(self) -> Vocabulary:
+        """The names of the layers that policies are at."""
+        return self._model_names()
+
+    @property
+    def hooks(self) -> Hooks:
+        """The policies of this model, which apply in every block: `model.hooks["mlp_pre_out"][2]`."""
+        if self._hooks is None:
+            self._hooks = Hooks(self)
+        return self._hooks
+
+    def set_hook_config(self, config: str | HookConfig) -> None:
+        """Which policies are where; what hooks there were is gone.
+
+        Args:
+            config: lines such as `mlp_pre_out: offset, mask, replace, collect, unoffset`, or with a
+                layer, `mlp_pre_out: 2: mask`.
+        """
+        given = HookConfig().from_string(config) if isinstance(config, str) else config
+        self._hooks = Hooks(self, given)
 
     def sample_prompt(self) -> Any:
         """A prompt by which an edit knows shapes, if one can be had without an example."""

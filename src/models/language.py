@@ -16,6 +16,7 @@ from ..tracing.context import Tracer
 from ..tracing.errors import InputError, LoadError, near
 from ..tracing.node import READ, WRITE
 from ..tracing.structure import ATOMS
+from . import calls
 from .architectures import IDS, POSITIONS, alias_of, padding_of
 from .base import Model, accepts
 from .execution import settings_of
@@ -52,6 +53,7 @@ class LanguageModel(Model):
         dtype: fp32, fp16, bf16, fp64, int8, int4, nf4 or a torch.dtype; default the checkpoint's.
         device_map: as in transformers: "auto", "cpu", "cuda:0", or a mapping of modules.
         rename: further names for modules, as for `Model`.
+        hook_config: which policies `model.hooks` has where, as for `Model`.
         **options: go to `from_pretrained`.
 
     Raises:
@@ -71,6 +73,7 @@ class LanguageModel(Model):
         dtype: Any = None,
         device_map: Any = None,
         rename: Mapping[Any, Any] | None = None,
+        hook_config: Any = None,
         **options: Any,
     ) -> None:
         if "torch_dtype" in options:
@@ -125,6 +128,8 @@ class LanguageModel(Model):
         self._stopper: Stopper | None = None
         self._head: str | None = None
         self._causal: bool | None = None
+        if hook_config is not None:
+            self.set_hook_config(hook_config)
 
     def _start(self, skeleton: torch.nn.Module, rename: Mapping[Any, Any] | None) -> None:
         super().__init__(skeleton, rename=rename)
@@ -249,17 +254,49 @@ class LanguageModel(Model):
         """
         return self._open(args, kwargs, generates=False)
 
-    def generate(self, *args: Any, **kwargs: Any) -> Tracer:
+    def generate(self, *args: Any, num: int | None = None, **kwargs: Any) -> Any:
         """A generation; `generator.output` has the token ids [prompt, token].
 
         Args:
             *args: as in `trace`.
+            num: generate so many tokens now, without a block: gives the prompt and its continuation as
+                text, or a list of texts for several prompts.
             **kwargs: `max_new_tokens` and all that transformers' `generate` takes.
 
         Raises:
             InputError: the prompt cannot be read, or would grow past the model's positions.
         """
+        if num is not None:
+            return calls.generate_text(self, args, num, kwargs)
         return self._open(args, kwargs, generates=True)
+
+    # ---------------------------------------------------------------- values without a block
+
+    def get_logits(self, prompt: Any) -> torch.Tensor:
+        """The logits of a prompt, [batch, token, d_vocab]."""
+        return calls.logits(self, prompt)
+
+    def get_residual_stream(self, prompt: Any) -> torch.Tensor:
+        """The residual stream before the first layer and behind each attention and MLP of one prompt,
+        [2 · layer + 1, token, d_model]."""
+        return calls.residual_stream(self, prompt)
+
+    def get_residual_stream_decoder(self, prompt: Any) -> torch.Tensor:
+        """The residual stream before the first layer and behind each, [layer + 1, token, d_model]."""
+        return calls.residual_stream_of_layers(self, prompt)
+
+    def get_residual_diffs(self, prompt: Any) -> torch.Tensor:
+        """What each attention and MLP adds to the stream, [2 · layer, token, d_model]."""
+        return calls.residual_diffs(self, prompt)
+
+    def get_midlayer_activations(self, prompt: Any) -> dict[str, torch.Tensor]:
+        """The neurons of each MLP, "mlp" [batch, layer, token, d_mlp], and what each head gives, "attn"
+        [batch, layer, token, head, d_head]."""
+        return calls.midlayer_activations(self, prompt)
+
+    def get_attn_weights(self, prompt: Any) -> torch.Tensor:
+        """The patterns of one prompt, [layer, head, query, key]."""
+        return calls.attention_weights(self, prompt)
 
     def _open(self, args: tuple[Any, ...], kwargs: dict[str, Any], generates: bool) -> Tracer:
         for name in _REMOTE:
@@ -620,6 +657,9 @@ class LanguageModel(Model):
             for _, (own, width) in sorted(parts.items())
         ]
         return torch.cat(rows)
+
+
+Model._loads = LanguageModel
 
 
 class Stopper:

@@ -70,8 +70,8 @@ class Backend(Protocol):
     def most_steps(self, tracer: Tracer, prompt: Any) -> int:
         """How many forwards a generation can have at most."""
 
-    def lasting_edits(self) -> Template | None:
-        """The lasting changes of the model, for every prompt."""
+    def lasting_edits(self) -> list[Template]:
+        """The lasting changes of the model, for every prompt, in the order in which they apply."""
 
     def explain(self, tracer: Tracer) -> Any:
         """A text about the plan of the block."""
@@ -221,10 +221,11 @@ class Tracer(Block):
     def _place_edits(self, invoker: Invoker) -> None:
         """Record the lasting changes of the model for a new prompt."""
         edits = self._backend.lasting_edits()
-        if edits is not None:
+        if edits:
             most = self._backend.most_steps(self, invoker.prompt) if self.generates else 1
             for step in range(most):
-                edits.place(self.recording, step, invoker.index)
+                for template in edits:
+                    template.place(self.recording, step, invoker.index)
 
     @property
     def output(self) -> Any:

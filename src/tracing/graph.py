@@ -50,6 +50,18 @@ class Series(Box):
         self.number = -1
         self.parts: list[Box] = []
 
+    def part(self, number: int, block: int, invoke: int | None) -> Box:
+        """Where the value of one step arrives.
+
+        Args:
+            number: among the saves of its block.
+            block: the block's own number.
+            invoke: its prompt; None for that of the loop.
+        """
+        box = Box(number)
+        self.parts.append(box)
+        return box
+
     @property
     def full(self) -> bool:  # type: ignore[override]
         return self.error is None and all(p.full or p.error is not None for p in self.parts)

@@ -32,7 +32,7 @@ _DRAWS = "apply rand normal uniform dropout bernoulli multinomial exponential po
 KINDS = frozenset({READ, CALL, MODULE, PARAMETER, WRITE})
 
 _SRC = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-_ROOMS = ("tracing", "envoy", "intervention", "models", "lens")
+_ROOMS = ("tracing", "envoy", "intervention", "policies", "models", "lens", "pruning")
 # Frames of these folders are never the user's: a module called on a proxy records from inside torch.
 _NOT_THE_USER = (
     *(os.path.join(_SRC, room) + os.sep for room in _ROOMS),

@@ -261,6 +261,14 @@ def _tokens(value: Any, key: Any, axis: int) -> Any:
 TOKENS = Operation("tokens", _tokens)
 
 
+def _positions(value: Any) -> list[Any]:
+    return []
+
+
+#: Where the prompt's own tokens lie in a value, in what is recorded before the prompt is known.
+POSITIONS = Operation("positions", _positions)
+
+
 def _passed(value: Any, point: Any) -> Any:
     return value
 

@@ -49,6 +49,7 @@ from .operations import (
     IN_PLACE,
     METHODS,
     OPERATORS,
+    POSITIONS,
     PUT,
     SETITEM,
     TAKE,
@@ -639,6 +640,18 @@ def _current(proxy: Proxy) -> Node:
                 recording.graph, CALL, operation, again, kwargs, recording.invoke
             )
     return proxy._node
+
+
+def positions_of(value: Proxy) -> Any:
+    """Where the prompt's own tokens lie in a value [batch, token, …]: for each row the first column,
+    the column behind the last one, and the number of the first token."""
+    recording, node = value._recording, _current(value)
+    if recording.loop is not None:
+        # Known when this is placed: see template.py.
+        graph = recording.graph
+        return Proxy(recording, graph.append(CALL, POSITIONS, (node,), None, recording.invoke))
+    recording.graph.fixed_positions = True
+    return recording.ask().positions(node)
 
 
 def current_node(proxy: Proxy) -> Node:

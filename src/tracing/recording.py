@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -26,11 +27,17 @@ class Oracle(Protocol):
     def token_index(self, node: Node, key: Any) -> Any:
         """The index that selects `key` of the prompt's own tokens in the value of `node`."""
 
+    def positions(self, node: Node) -> list[tuple[int, int, int]]:
+        """Where the own tokens of each row lie in the value of `node`, and the number of the first."""
+
     def token_axis(self, node: Node) -> int:
         """Which axis of the value of `node` counts tokens."""
 
     def sizes(self, node: Node) -> list[int | None]:
         """The sizes of a tensor; None where they are those of the prompts."""
+
+
+_serials = itertools.count()
 
 
 class Recording:
@@ -42,6 +49,7 @@ class Recording:
         invoke: index of the open invoke, -1 between invokes.
         step: the forward that the open invoke talks about.
         current: per invoke and hook point, the proxy of what is there now (see `Proxy`).
+        serial: a number that no other recording has.
         saved: the proxies that `save()` returned, until the block has ended.
         oracle: shapes on demand; None once the block has ended.
         compute: runs what is recorded so far up to a node, for its value.
@@ -77,6 +85,7 @@ class Recording:
         "oracle",
         "parameters",
         "saved",
+        "serial",
         "session",
         "state",
         "step",
@@ -90,6 +99,7 @@ class Recording:
         self.current: dict[tuple[int, HookPoint], Any] = {}
         self.saved: list[Any] = []
         self.parameters: dict[tuple[int, str], Any] = {}
+        self.serial = next(_serials)
         self.oracle: Oracle | None = oracle
         self.compute: Callable[[Node], Any] | None = None
         self.known: Any = None

@@ -11,9 +11,9 @@ import dataclasses
 from typing import Any
 
 from .errors import InputError
-from .graph import Box, Graph, Series, arguments
+from .graph import Graph, Series, arguments
 from .node import CALL, READ, WRITE, HookPoint, Node
-from .operations import GUARDED, PASSED, PUT, SETITEM, STEP, STOP, TOKENS
+from .operations import GUARDED, PASSED, POSITIONS, PUT, SETITEM, STEP, STOP, TOKENS
 from .proxy import CONSTANT, Proxy, current_node, node_of
 from .recording import Recording
 from .structure import map_leaves
@@ -40,6 +40,7 @@ class Template:
         step: the step at which it was recorded.
         needs_grad: a captured tensor requires grad.
         lasting: an edit, which applies to every step that has the tokens that it names.
+        number: where the numbers of its operations begin, among those of several lasting templates.
     """
 
     nodes: list[Node]
@@ -49,6 +50,7 @@ class Template:
     step: int = 0
     needs_grad: bool = False
     lasting: bool = False
+    number: int = 0
 
     @classmethod
     def of(cls, recording: Recording, nodes: list[Node], step: int = 0) -> Template:
@@ -81,13 +83,13 @@ class Template:
             if kind is not None:
                 recording.current[spot] = kind(recording, node, spot)
         for node, series in self.saves:
-            part = Box(len(graph.saves))
-            series.parts.append(part)
-            graph.saves.append((values[node.index], part))
+            graph.saves.append(
+                (values[node.index], series.part(len(graph.saves), recording.serial, invoke))
+            )
         graph.needs_grad = graph.needs_grad or self.needs_grad
         if self.lasting and not step:
             placed = range(first, len(graph.nodes))
-            graph.lasting.update((index, index - first) for index in placed)
+            graph.lasting.update((index, index - first + self.number) for index in placed)
 
     def _place_nodes(
         self, recording: Recording, step: int, shift: int, invoke: int | None
@@ -120,6 +122,9 @@ class Template:
             args, kwargs = map_leaves(swap, node.args), map_leaves(swap, node.kwargs)
             if target is STEP:
                 values[node.index] = _copy(graph, node, CONSTANT, (step, None), {}, owner)
+            elif target is POSITIONS and not recording.lasting:
+                rows = recording.ask().positions(args[0])
+                values[node.index] = _copy(graph, node, CONSTANT, (rows, None), {}, owner)
             elif target is TOKENS and not recording.lasting:
                 values[node.index] = self._index(recording, node, args, step)
             else:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import graftwork
-from graftwork import Model
+from graftwork import LanguageModel, Model
 from graftwork.tracing.errors import BlockError, LoadError, OrderError, StepError
 
 
@@ -513,8 +513,13 @@ def test_in_place_modules_do_not_change_what_was_saved() -> None:
 
 
 def test_only_modules_can_be_models() -> None:
-    with pytest.raises(LoadError, match=r"takes a torch\.nn\.Module, not str"):
-        Model("gpt2")  # type: ignore[arg-type]
+    with pytest.raises(LoadError, match=r"takes a torch\.nn\.Module, not int"):
+        Model(3)  # type: ignore[arg-type]
+
+
+def test_a_name_gives_a_language_model() -> None:
+    model: Any = Model("graftwork/tiny")
+    assert isinstance(model, LanguageModel) and not model.loaded
 
 
 def test_a_block_without_a_prompt_is_refused() -> None:

@@ -1,0 +1,97 @@
+"""Owns the policies as functions from a value to a value, for any place of a block.
+
+    layer = model.layers[2]
+    layer.mlp_post = graftwork.policies.replace(layer.mlp_post, {3: vector})
+
+Values are [batch, token, *d]; tokens are counted in each prompt's own, whatever it is batched with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from ..tracing.errors import InputError, near
+from . import operations as ops
+
+
+def _step(parameter: torch.Tensor) -> torch.Tensor:
+    return (parameter > 0).to(parameter.dtype)
+
+
+#: What turns the parameter of a mask into the mask.
+MASKS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "step": _step,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "relu": torch.relu,
+}
+
+
+def mask_function(kind: str | Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The function of a kind of mask.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    if callable(kind):
+        return kind
+    if kind not in MASKS:
+        raise InputError(f"no mask is called `{kind}`. {near(kind, MASKS)}")
+    return MASKS[kind]
+
+
+def mask(value: Any, parameter: Any, offset: Any = None, kind: Any = "step") -> Any:
+    """value · m + offset · (1 − m), with m = step(parameter > 0), or "sigmoid", "tanh", "relu" or a
+    function of it.
+
+    Args:
+        parameter, offset: [*d].
+    """
+    return ops.perform(ops.MASK, value, mask_function(kind)(parameter), offset)
+
+
+def actadd(value: Any, additions: torch.Tensor) -> Any:
+    """Add vectors to the first tokens of each prompt: additions [token, *d]."""
+    return ops.perform(ops.ADD_TOKENS, value, additions, counted=True)
+
+
+def replace(value: Any, replacements: Mapping[Any, torch.Tensor]) -> Any:
+    """Replace the values of tokens: {index among the prompt's own tokens: [*d]}."""
+    for key in replacements:
+        if int(key) < 0:
+            raise InputError(f"token {key}: tokens are counted from the first one, 0")
+    given = {int(key): vector for key, vector in replacements.items()}
+    return ops.perform(ops.REPLACE_TOKENS, value, given, counted=True)
+
+
+def offset(value: Any, shift: torch.Tensor) -> Any:
+    """value + shift, [*d]."""
+    return ops.perform(ops.SHIFT, value, shift, 1)
+
+
+def unoffset(value: Any, shift: torch.Tensor) -> Any:
+    """value − shift, [*d]."""
+    return ops.perform(ops.SHIFT, value, shift, -1)
+
+
+def postbias(value: Any, bias: torch.Tensor) -> Any:
+    """value + bias, [*d]."""
+    return ops.perform(ops.SHIFT, value, bias, 1)
+
+
+def collect(value: Any) -> Any:
+    """Keep the value beyond the run; gives its handle, whose `.value` is the tensor."""
+    return value.save()
+
+
+def whiten(value: Any, shift: Any, rotate: torch.Tensor, scale: torch.Tensor) -> Any:
+    """rotate · flatten(value + shift) · scale; rotate is [n, n] for n = the product of *d."""
+    return ops.perform(ops.WHITEN, value, shift, rotate, scale)
+
+
+def unwhiten(value: Any, shift: Any, rotate_inv: torch.Tensor, scale: torch.Tensor) -> Any:
+    """The inverse of `whiten`; 1 / scale is at most 1e6."""
+    return ops.perform(ops.UNWHITEN, value, shift, rotate_inv, scale)
