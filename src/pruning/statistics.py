@@ -1,0 +1,283 @@
+"""Owns statistics of neurons over data: collected in one pass, merged, in memory that does not depend
+on the data.
+
+A block reads `mlp_post` and `z` of each layer and keeps six numbers a neuron, which one function
+computes there; the same recorded block runs for each batch. Everything is computed in float64.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ..models import LanguageModel
+from ..tracing.proxy import apply
+from .data import TokenBatch
+from .errors import PruningError
+
+#: Numbers that are summarized at once, so that what is computed from them stays in the cache.
+_CHUNK = 65536
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """Statistics of neurons over tokens; each tensor is float64 [layer, neuron] (or any one shape).
+
+    Attributes:
+        count: tokens.
+        mean: μ = E x.
+        squares: Σ (x − μ)².
+        roots: Σ √|x|.
+        positive: Σ max(x, 0).
+        negative: Σ min(x, 0), at most 0.
+        active: how many tokens have x > 0.
+    """
+
+    count: int
+    mean: torch.Tensor
+    squares: torch.Tensor
+    roots: torch.Tensor
+    positive: torch.Tensor
+    negative: torch.Tensor
+    active: torch.Tensor
+
+    @classmethod
+    def of(cls, values: torch.Tensor) -> Statistics:
+        """Statistics of values [token, neuron]; without tokens, all zero."""
+        return cls.from_rows(values.shape[0], summary(values))
+
+    @classmethod
+    def from_rows(cls, count: int, rows: torch.Tensor) -> Statistics:
+        """Of what `summary` gave, [6, …]."""
+        return cls(count, *rows.unbind())
+
+    def merge(self, other: Statistics) -> Statistics:
+        """Statistics of both data together, by the parallel form of Welford's algorithm.
+
+        Source: Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing
+        Sample Variances", 1979, equation 2.1.
+        """
+        count = self.count + other.count
+        if not count:
+            return self
+        share = other.count / count
+        difference = other.mean - self.mean
+        return Statistics(
+            count,
+            self.mean + difference * share,
+            self.squares + other.squares + difference**2 * (self.count * share),
+            self.roots + other.roots,
+            self.positive + other.positive,
+            self.negative + other.negative,
+            self.active + other.active,
+        )
+
+    def _per_token(self, total: torch.Tensor) -> torch.Tensor:
+        return total / max(1, self.count)
+
+    @property
+    def variance(self) -> torch.Tensor:
+        """σ² = E (x − μ)², of the data as a whole population."""
+        return self._per_token(self.squares)
+
+    @property
+    def std(self) -> torch.Tensor:
+        """σ."""
+        return self.variance.sqrt()
+
+    @property
+    def rms(self) -> torch.Tensor:
+        """√(σ² + μ²)."""
+        return (self.variance + self.mean**2).sqrt()
+
+    @property
+    def sqrt(self) -> torch.Tensor:
+        """E √|x|."""
+        return self._per_token(self.roots)
+
+    @property
+    def positive_mass(self) -> torch.Tensor:
+        """E max(x, 0)."""
+        return self._per_token(self.positive)
+
+    @property
+    def negative_mass(self) -> torch.Tensor:
+        """E min(x, 0), at most 0."""
+        return self._per_token(self.negative)
+
+    @property
+    def mass(self) -> torch.Tensor:
+        """Positive mass and |negative mass| together: E |x|."""
+        return self._per_token(self.positive - self.negative)
+
+    @property
+    def frequency(self) -> torch.Tensor:
+        """P(x > 0)."""
+        return self._per_token(self.active)
+
+    def to(self, device: Any) -> Statistics:
+        moved = {
+            field.name: getattr(self, field.name).to(device)
+            for field in dataclasses.fields(self)
+            if field.name != "count"
+        }
+        return Statistics(self.count, **moved)
+
+    def split(self, width: int) -> tuple[Statistics, Statistics]:
+        """Of the first `width` neurons, and of the rest."""
+        rows = [
+            getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "count"
+        ]
+        first = Statistics(self.count, *(row[..., :width] for row in rows))
+        return first, Statistics(self.count, *(row[..., width:] for row in rows))
+
+
+def summary(values: torch.Tensor) -> torch.Tensor:
+    """The six rows of `Statistics` of values [token, neuron], float64 [6, neuron].
+
+    Values are taken in chunks: what is computed of them in float64 is as large as the chunk.
+    """
+    if values.device.type == "mps":  # which has no float64
+        values = values.cpu()
+    tokens, width = values.shape
+    if not tokens:
+        return values.new_zeros(6, width, dtype=torch.float64)
+    size = max(1, min(tokens, _CHUNK // max(1, width)))
+    parts, counts = [], []
+    for chunk in torch.split(values, size):
+        exact = chunk.to(torch.float64)
+        ones = exact.new_ones(len(chunk))
+        positive = ones @ exact.clamp(min=0)
+        negative = ones @ exact.clamp(max=0)
+        active = ones @ exact.gt(0).to(torch.float64)
+        mean = (positive + negative) / len(chunk)
+        squares = ones @ (exact - mean).square_()
+        roots = ones @ exact.abs_().sqrt_() if exact is not chunk else ones @ exact.abs().sqrt_()
+        parts.append(torch.stack([mean, squares, roots, positive, negative, active]))
+        counts.append(len(chunk))
+    if len(parts) == 1:
+        return parts[0]
+    every = torch.stack(parts)  # [chunk, 6, neuron]
+    weights = every.new_tensor(counts)[:, None]
+    whole = every.sum(0)
+    whole[0] = (every[:, 0] * weights).sum(0) / tokens
+    whole[1] += ((every[:, 0] - whole[0]).square() * weights).sum(0)
+    return whole
+
+
+@dataclasses.dataclass(frozen=True)
+class Collected:
+    """Statistics of a model over data.
+
+    Attributes:
+        mlp: of `mlp_post`, [layer, d_mlp]; None if not asked for.
+        attn: of `z`, [layer, n_heads · d_head]; None if not asked for.
+    """
+
+    mlp: Statistics | None
+    attn: Statistics | None
+
+    def merge(self, other: Collected) -> Collected:
+        """Statistics of both data together."""
+        return Collected(_merged(self.mlp, other.mlp), _merged(self.attn, other.attn))
+
+
+def _merged(one: Statistics | None, other: Statistics | None) -> Statistics | None:
+    return one.merge(other) if one is not None and other is not None else None
+
+
+class Collector:
+    """Statistics of a model, batch by batch.
+
+    Args:
+        model: any with the names `mlp_post` and `z`; its edits are in what is collected.
+        mlp, attn: which of the two.
+    """
+
+    def __init__(self, model: LanguageModel, mlp: bool = True, attn: bool = True) -> None:
+        if not (mlp or attn):
+            raise PruningError("nothing to collect: ask for mlp, attn or both.")
+        self._model = model
+        self._mlp, self._attn = mlp, attn
+        self._real: torch.Tensor | None = None
+        # One recorded block for each number of rows.
+        self._experiments: dict[int, Any] = {}
+        self._found: Statistics | None = None
+
+    def add(self, batch: TokenBatch) -> None:
+        """Run the model on a batch and add the statistics of its tokens; padding is not counted."""
+        self._real = None if bool(batch.mask.all()) else batch.mask.flatten().nonzero().flatten()
+        rows = len(batch.ids)
+        if rows in self._experiments:
+            found = list(self._experiments[rows](batch.inputs()))
+        else:
+            found = self._record(batch)
+        new = Statistics.from_rows(batch.tokens, torch.stack(found, 1))
+        self._found = new if self._found is None else self._found.merge(new)
+
+    def _record(self, batch: TokenBatch) -> list[torch.Tensor]:
+        with self._model.trace(batch.inputs(), plan={"progress": False}) as tracer:
+            saved = []
+            for layer in self._model.layers:
+                read = [layer.mlp_post] if self._mlp else []
+                if self._attn:
+                    read.append(layer.z)
+                saved.append(apply(self._summaries, *read).save())
+        self._experiments[len(batch.ids)] = tracer.compile()
+        return [one.value for one in saved]
+
+    def _summaries(self, *activations: torch.Tensor) -> torch.Tensor:
+        """Of activations [batch, token, …], one layer's, the six rows of all their neurons."""
+        found = []
+        for activation in activations:
+            values = activation.flatten(0, 1).flatten(1)
+            if self._real is not None:
+                values = values[self._real.to(values.device)]
+            found.append(summary(values))
+        return torch.cat(found, 1) if len(found) > 1 else found[0]
+
+    def result(self) -> Collected:
+        """What has been collected, on the CPU.
+
+        Raises:
+            PruningError: no batch was added.
+        """
+        if self._found is None:
+            raise PruningError("there are no statistics: the data has no tokens.")
+        found = self._found.to("cpu")
+        if not self._attn:
+            return Collected(found, None)
+        if not self._mlp:
+            return Collected(None, found)
+        sizes = self._model.cfg
+        return Collected(*found.split(found.mean.shape[-1] - sizes.n_heads * sizes.d_head))
+
+
+def collect(
+    model: LanguageModel,
+    batches: Iterable[TokenBatch],
+    *,
+    mlp: bool = True,
+    attn: bool = True,
+    progress: bool = True,
+) -> Collected:
+    """Statistics of MLP neurons and attention channels over data, in one pass.
+
+    Args:
+        model: edits of it are in what is collected.
+        batches: token batches; each runs once and is not kept.
+        mlp, attn: collect `mlp_post`, `z`, or both.
+        progress: show a bar if it takes longer than two seconds.
+
+    Raises:
+        PruningError: the data has no tokens, or nothing was asked for.
+        UnavailableNameError: the model has no such activations.
+    """
+    collector = Collector(model, mlp, attn)
+    for batch in tqdm(batches, "statistics", disable=not progress, delay=2, leave=False):
+        collector.add(batch)
+    return collector.result()
