@@ -132,7 +132,7 @@ def generic_activation_patch(
         InputError: neither axes nor a table, or both; a metric that gives several numbers.
         UnavailableNameError: the cache has no such value, or the model no such place.
     """
-    tokens = _ids(model, corrupted_tokens)
+    tokens = ids_of(model, corrupted_tokens)
     if (index_df is None) == (index_axis_names is None):
         raise InputError("give index_axis_names or index_df, one of them")
     shape: list[int] | None = None
@@ -153,7 +153,8 @@ def generic_activation_patch(
     return result, index_df
 
 
-def _ids(model: Any, given: Any) -> torch.Tensor:
+def ids_of(model: Any, given: Any) -> torch.Tensor:
+    """Ids [batch, pos] of text, texts or ids."""
     ids = model.to_tokens(given) if isinstance(given, (str, list)) else torch.as_tensor(given)
     return ids[None] if ids.ndim == 1 else ids
 
@@ -163,12 +164,14 @@ def _rows(table: Any) -> Iterator[Any]:
     return iter(rows)
 
 
-def _prompt(model: Any, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {"input_ids": tokens, "attention_mask": model._tokens.mask_of(tokens)}
+def prompt_of(model: Any, given: Any) -> dict[str, torch.Tensor]:
+    """What an invoke is given for text, texts or ids: ids and mask, [batch, pos]."""
+    ids = ids_of(model, given)
+    return {"input_ids": ids, "attention_mask": model._tokens.mask_of(ids)}
 
 
-def _check(model: Any, cache: Any, name: str) -> None:
-    """Refuse a name that the model or the cache does not have."""
+def check_name(model: Any, name: str, cache: Any = None) -> None:
+    """Refuse a full name that the model, or the cache, does not have."""
     if name not in model._meant:
         _, layer, rest = [*name.split(".", 2), "", ""][:3]
         vocabulary = model._vocabulary
@@ -179,7 +182,7 @@ def _check(model: Any, cache: Any, name: str) -> None:
         if isinstance(place, Missing):
             raise UnavailableNameError.missing(name, vocabulary.kind, place.reason)
         raise UnavailableNameError.unknown(name, vocabulary.kind, model._meant)
-    if name not in cache:
+    if cache is not None and name not in cache:
         raise UnavailableNameError(
             f"the clean cache has no `{name}`: it was left out by a filter when it was made"
         )
@@ -196,13 +199,13 @@ def _run_cells(
 ) -> torch.Tensor:
     names = {cell[0]: get_act_name(activation, cell[0]) for cell in cells}
     for name in names.values():
-        _check(model, cache, name)
-    prompt = _prompt(model, tokens)
+        check_name(model, name, cache)
+    prompt = prompt_of(model, tokens)
 
     def patch(cell: tuple[int, ...], recorded: bool) -> None:
         _patch(model, cache, setter, names[cell[0]], cell, recorded)
 
-    recorded = _records(model, prompt, lambda _: patch(cells[0], True))
+    recorded = can_record(model, prompt, lambda _: patch(cells[0], True))
     values = _measured(model, prompt, metric, [partial(patch, one, recorded) for one in cells])
     return torch.stack(values)
 
@@ -214,7 +217,7 @@ def _measured(
     changes: Sequence[Callable[[], None]],
 ) -> list[torch.Tensor]:
     """The metric of a prompt with each of several changes: one block."""
-    recorded = _records(model, prompt, lambda tracer: metric(tracer.output.logits).save())
+    recorded = can_record(model, prompt, lambda tracer: metric(tracer.output.logits).save())
     values = []
     with torch.no_grad(), model.model.trace() as tracer:
         for change in changes:
@@ -224,10 +227,11 @@ def _measured(
                 logits = tracer.output.logits
                 value = metric(logits) if recorded else apply(metric, logits)
                 values.append(value.save())
-    return [_number(one.value) for one in values]
+    return [number_of(one.value) for one in values]
 
 
-def _number(value: Any) -> torch.Tensor:
+def number_of(value: Any) -> torch.Tensor:
+    """What a metric gave, as a number: a tensor without dimensions."""
     found = torch.as_tensor(value)
     if found.numel() != 1:
         raise InputError(f"the metric gives one number for each run, not {list(found.shape)}")
@@ -265,7 +269,7 @@ def _patched(setter: Setter, value: torch.Tensor, cell: tuple[int, ...], clean: 
     return value if found is None else found  # it may have changed the value in place
 
 
-def _records(model: Any, prompt: dict[str, torch.Tensor], record: Callable[[Any], Any]) -> bool:
+def can_record(model: Any, prompt: dict[str, torch.Tensor], record: Callable[[Any], Any]) -> bool:
     """Whether a user's function is made of operations that can be recorded: asked of shapes alone."""
     try:
         with model.model.scan(**prompt) as tracer:
@@ -434,11 +438,11 @@ def _direct_paths(
     cfg, layers = model.model.cfg, model.model.layers
     # Heads that share keys and values read them once.
     shared = cfg.n_heads // (cfg.n_heads if receiver_input == "q" else cfg.n_kv_heads)
-    tokens = _ids(model, corrupted_tokens)
+    tokens = ids_of(model, corrupted_tokens)
     clean = {}
     for layer, head in dict.fromkeys(sender for sender, _ in paths):
         name = get_act_name("z", layer)
-        _check(model, cache, name)
+        check_name(model, name, cache)
         block = model._vocabulary.architecture.block(layer)
         if block.post_norm or "ln1_post" in block.norms:
             raise UnavailableNameError(
@@ -455,7 +459,7 @@ def _direct_paths(
 
     cells = dict.fromkeys((sender, (i, head // shared)) for sender, (i, head) in paths)
     changes = [partial(patch, sender, *receiver) for sender, receiver in cells]
-    prompt, values = _prompt(model, tokens), list[torch.Tensor]()
+    prompt, values = prompt_of(model, tokens), list[torch.Tensor]()
     for start in range(0, len(changes), BLOCK):
         values += _measured(model, prompt, metric, changes[start : start + BLOCK])
     found = dict(zip(cells, values, strict=True))
