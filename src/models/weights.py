@@ -29,32 +29,59 @@ class CopiedWeight(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        writes = name in ("__setitem__", "copy_") or (
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        writes = name == "__setitem__" or (
             name.endswith("_") and not name.endswith("__") and not name.startswith("_")
         )
-        writes = writes or (
-            name.startswith("__i") and name not in ("__init__", "__int__", "__index__")
-        )
-        first = args[0] if args else None
-        held = next((a for a in args if isinstance(a, CopiedWeight)), None)
-        if writes and isinstance(first, CopiedWeight) and first.home is None:
-            raise OperationError(first.reason)
-        with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
-            plain = [a.as_subclass(torch.Tensor) if isinstance(a, cls) else a for a in args]
-            if writes:
-                func(*plain, **(kwargs or {}))
-            else:
-                result = func(*plain, **(kwargs or {}))
-        if writes and isinstance(first, CopiedWeight) and first.home is not None:
-            copy, parameter, positions = first.home
+        given = [*args, *kwargs.values()]
+        written = given[0] if writes and given else kwargs.get("out")
+        held = next((a for a in given if isinstance(a, CopiedWeight)), None)
+        if isinstance(written, CopiedWeight) and written.home is None:
+            raise OperationError(written.reason)
+
+        def plain(value: Any) -> Any:
+            return value.as_subclass(torch.Tensor) if isinstance(value, cls) else value
+
+        with torch._C.DisableTorchFunctionSubclass():
+            options = {key: plain(value) for key, value in kwargs.items()}
+            if not isinstance(written, CopiedWeight):
+                result = func(*map(plain, args), **options)
+                return result if held is None or writes else _views(result, held)
             with torch.no_grad():
+                func(*map(plain, args), **options)
+                assert written.home is not None
+                copy, parameter, positions = written.home
                 parameter.view(-1)[positions.reshape(-1)] = copy.reshape(-1)
-            return first
-        home = None if held is None else held.home
-        if isinstance(result, torch.Tensor) and home is not None and shares(result, home[0]):
-            return _held(result, home, "")
-        return result
+        return written
+
+
+def _augmented(method: str) -> Any:
+    def change(self: CopiedWeight, other: Any) -> Any:
+        return getattr(self, method)(other)
+
+    return change
+
+
+# Torch's own take any TypeError for "not implemented", and `w += 1` would then make a new tensor.
+for _operator, _method in (
+    ("__iadd__", "add_"),
+    ("__isub__", "sub_"),
+    ("__imul__", "mul_"),
+    ("__itruediv__", "div_"),
+    ("__ifloordiv__", "floor_divide_"),
+    ("__imod__", "remainder_"),
+    ("__ipow__", "pow_"),
+):
+    setattr(CopiedWeight, _operator, _augmented(_method))
+
+
+def _views(result: Any, held: CopiedWeight) -> Any:
+    """What shows the memory of a copy is as bound to its home as the copy."""
+    if isinstance(result, (tuple, list)) and type(result) in (tuple, list):
+        return type(result)(_views(part, held) for part in result)
+    if isinstance(result, torch.Tensor) and shares(result, held):
+        return _held(result, held.home, held.reason)
+    return result
 
 
 def shares(one: torch.Tensor, other: torch.Tensor) -> bool:
