@@ -102,6 +102,22 @@ def _int(value: Any) -> int | None:
     return None if value is None else int(value)
 
 
+def _epsilon(module: torch.nn.Module, architecture: Architecture) -> float | None:
+    """What the first norm adds, where the configuration does not say, as OPT's."""
+    norms = architecture.block(0).norms
+    places = [f"{architecture.layers}.0.{one.path}" for one in norms.values()]
+    places += [architecture.norm.path] if architecture.norm is not None else []
+    for place in places:
+        try:
+            norm = module.get_submodule(place)
+        except AttributeError:
+            continue
+        found: float | None = _first(norm, "eps", "variance_epsilon", "epsilon")
+        if found is not None:
+            return found
+    return None
+
+
 def sizes_of(
     config: Any, module: torch.nn.Module, architecture: Architecture, n_layers: int
 ) -> Sizes:
@@ -185,7 +201,8 @@ def sizes_of(
         post_norm=block.post_norm,
         eps=_first(
             text, "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"
-        ),
+        )
+        or _epsilon(module, architecture),
         attn_scores_soft_cap=_first(text, "attn_logit_softcapping"),
         output_logits_soft_cap=_first(text, "final_logit_softcapping", "logits_soft_cap"),
         window_size=_int(window),
