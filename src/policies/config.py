@@ -65,7 +65,7 @@ class HookConfig:
                 )
             layer: int | str = "all"
             if len(parts) == 3 and parts[1] != "all":
-                if not parts[1].isdigit():
+                if not parts[1].isdecimal():
                     raise InputError(
                         f"line {number}: {parts[1]!r} is no number of a layer, and not all"
                     )
@@ -81,6 +81,8 @@ class HookConfig:
         """Which policies are at a point of a layer, or of "all"."""
         if point not in POINTS:
             raise InputError(f"no point is called `{point}`. It is one of {', '.join(POINTS)}.")
+        if layer != "all" and (not isinstance(layer, int) or layer < 0):
+            raise InputError(f"{layer!r} is no number of a layer, and not all")
         for kind in kinds:
             if kind not in KINDS:
                 raise InputError(f"no policy is called `{kind}`. {near(kind, KINDS)}")

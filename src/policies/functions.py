@@ -8,7 +8,7 @@ Values are [batch, token, *d]; tokens are counted in each prompt's own, whatever
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,31 +16,17 @@ import torch
 from ..tracing.errors import InputError, near
 from . import operations as ops
 
-
-def _step(parameter: torch.Tensor) -> torch.Tensor:
-    return (parameter > 0).to(parameter.dtype)
+MASKS = ops.MASKS
 
 
-#: What turns the parameter of a mask into the mask.
-MASKS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "step": _step,
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-    "relu": torch.relu,
-}
-
-
-def mask_function(kind: str | Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """The function of a kind of mask.
+def check_mask(kind: Any) -> None:
+    """Refuse what is no kind of mask.
 
     Raises:
         InputError: there is none of that name.
     """
-    if callable(kind):
-        return kind
-    if kind not in MASKS:
-        raise InputError(f"no mask is called `{kind}`. {near(kind, MASKS)}")
-    return MASKS[kind]
+    if not callable(kind) and kind not in MASKS:
+        raise InputError(f"no mask is called `{kind}`. {near(str(kind), MASKS)}")
 
 
 def mask(value: Any, parameter: Any, offset: Any = None, kind: Any = "step") -> Any:
@@ -50,12 +36,15 @@ def mask(value: Any, parameter: Any, offset: Any = None, kind: Any = "step") -> 
     Args:
         parameter, offset: [*d].
     """
-    return ops.perform(ops.MASK, value, mask_function(kind)(parameter), offset)
+    check_mask(kind)
+    if callable(kind):
+        parameter, kind = ops.call(kind, parameter, value), None
+    return ops.perform(ops.MASK, value, parameter, offset, kind)
 
 
-def actadd(value: Any, additions: torch.Tensor) -> Any:
-    """Add vectors to the first tokens of each prompt: additions [token, *d]."""
-    return ops.perform(ops.ADD_TOKENS, value, additions, counted=True)
+def actadd(value: Any, additions: torch.Tensor, begin: int = 0) -> Any:
+    """Add vectors to the first tokens of each prompt: additions [token, *d], from number `begin`."""
+    return ops.perform(ops.ADD_TOKENS, value, additions, begin, counted=True)
 
 
 def replace(value: Any, replacements: Mapping[Any, torch.Tensor]) -> Any:

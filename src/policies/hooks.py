@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,18 +15,18 @@ from ..tracing.edit import Edit
 from ..tracing.errors import InputError, UnavailableNameError, near
 from ..tracing.proxy import Proxy, current_node
 from ..tracing.template import Template
+from . import operations as ops
 from .config import POINTS, HookConfig, default
 from .policy import (
+    INVERSE_OF,
     KINDS,
     ActAdd,
     Collect,
+    Counted,
     Mask,
-    Offset,
+    Paired,
     Policy,
     Replace,
-    Unoffset,
-    Unwhiten,
-    Whiten,
 )
 
 
@@ -43,7 +44,13 @@ class Hooks:
         self._model = model
         self.config = default() if config is None else config
         self._policies: dict[tuple[str, int], dict[str, Policy]] = {}
-        self._template: tuple[Any, Template | None] | None = None
+        self._template: tuple[Any, Any, Template | None] | None = None
+        self._lock = threading.RLock()
+        for point, layers in self.config.hooks.items():
+            for layer in layers:
+                if layer != "all" and not int(layer) < self.layers():
+                    error = UnavailableNameError.no_layer(int(layer), self.layers())
+                    raise InputError(f"`{point}: {layer}` of the hook configuration: {error}")
 
     # ---------------------------------------------------------------- finding
 
@@ -83,25 +90,28 @@ class Hooks:
         if not -count <= layer < count:
             raise UnavailableNameError.no_layer(layer, count)
         layer %= count
-        found = self._policies.setdefault((point, layer), {})
-        if kind not in found:
-            device = self._model.device
-            shape = self._vocabulary.shape_of(POINTS[point], layer)
-            made: Policy = KINDS[kind](shape).to(device)
-            if isinstance(made, Unoffset):
-                offset = self.policy(point, layer, "offset")
-                assert isinstance(offset, Offset)
-                made.share(offset)
-            if isinstance(made, Unwhiten):
-                whiten = self.policy(point, layer, "whiten")
-                assert isinstance(whiten, Whiten)
-                made.share(whiten)
-            found[kind] = made
-        return found[kind]
+        with self._lock:
+            found = self._policies.get((point, layer), {})
+            if kind not in found:
+                shape = self._vocabulary.shape_of(POINTS[point], layer)
+                made: Policy = KINDS[kind](shape).to(self._model.device, self._dtype())
+                if isinstance(made, Paired):
+                    made.share(self.policy(point, layer, made.inverse_of))
+                self._policies.setdefault((point, layer), {})[kind] = made
+            return self._policies[point, layer][kind]
+
+    def _dtype(self) -> torch.dtype:
+        """Of the parameters: single precision, or double if the model has that."""
+        first = next(iter(self._model.module_tree().parameters()), None)
+        return (
+            torch.float64 if first is not None and first.dtype == torch.float64 else torch.float32
+        )
 
     def every(self, kind: str) -> Iterable[tuple[str, int, Policy]]:
         """All policies of a kind that were made: point, layer, policy."""
-        for (point, layer), kinds in self._policies.items():
+        with self._lock:
+            found = list(self._policies.items())
+        for (point, layer), kinds in found:
             if kind in kinds:
                 yield point, layer, kinds[kind]
 
@@ -127,20 +137,21 @@ class Hooks:
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Set the parameters from what `state_dict` gave."""
         for name, value in state.items():
-            point, layer, kind, rest = name.split(".", 3)
-            policy = self.policy(point, int(layer), kind)
-            if isinstance(policy, Replace):
-                policy.add_token(int(rest.rpartition(".")[2]), value)
-            elif isinstance(policy, ActAdd):
+            parts = name.split(".", 3)
+            if len(parts) < 4 or parts[0] not in POINTS or not parts[1].isdecimal():
+                raise InputError(
+                    f"`{name}` is no parameter of a policy, as `mlp_pre_out.2.mask.param` is"
+                )
+            policy, rest = self.policy(parts[0], int(parts[1]), parts[2]), parts[3]
+            key = rest.removeprefix("param.")
+            if isinstance(policy, Replace) and key != rest and key.isdecimal():
+                policy.add_token(int(key), value)
+            elif isinstance(policy, ActAdd) and rest == "param":
                 policy.set_actadd(value)
+            elif rest in dict(policy.named_parameters()):
+                policy.load(rest, value)
             else:
-                parameter = policy.get_parameter(rest)
-                if parameter.shape != value.shape:  # a rotation that is not there yet
-                    setattr(policy, rest, torch.nn.Parameter(value.clone(), requires_grad=False))
-                else:
-                    policy._set(parameter, value)
-                if isinstance(policy, Whiten):
-                    policy._set_up = policy.rotate.shape[0] > 0
+                raise InputError(f"`{parts[2]}` has no parameter `{rest}`: {name}")
 
     # ---------------------------------------------------------------- by name
 
@@ -177,9 +188,10 @@ class Hooks:
 
     def _delete(self, point: str, remove: Any) -> None:
         rows = torch.as_tensor(remove)
-        if rows.shape[0] != self.layers():
+        if not rows.ndim or rows.shape[0] != self.layers():
             raise InputError(
-                f"{list(rows.shape)} has {rows.shape[0]} rows, and the model {self.layers()} layers"
+                f"{list(rows.shape)} was given, which is not one row for each of the model's "
+                f"{self.layers()} layers"
             )
         masks = [self.policy(point, layer, "mask") for layer in range(self.layers())]
         for mask, row in zip(masks, rows, strict=True):
@@ -193,15 +205,27 @@ class Hooks:
         layers: Iterable[int] | None = None,
         concat: bool = False,
     ) -> None:
-        """Keep the values at points of layers in every block from here on."""
-        points = list(components) if components is not None else list(POINTS)
+        """Keep the values at points of layers in every block from here on.
+
+        Args:
+            components: points; all that the layers have if it is not given.
+            layers: all if it is not given.
+            concat: join the values of a generation's steps along the token axis.
+        """
+        points = [components] if isinstance(components, str) else list(components or ())
         for point in points:
             self[point]  # refuses a name that is none
+        found = []
         for layer in range(self.layers()) if layers is None else layers:
-            for point in points:
-                policy = self.policy(point, layer, "collect")
-                assert isinstance(policy, Collect)
-                policy.enable(concat)
+            for point in POINTS if components is None else points:
+                try:
+                    found.append(self.policy(point, layer, "collect"))
+                except UnavailableNameError:
+                    if components is not None or not -self.layers() <= layer < self.layers():
+                        raise
+        for policy in found:
+            assert isinstance(policy, Collect)
+            policy.enable(concat)
 
     def disable_all_collect_hooks(self) -> None:
         """Keep nothing any more; what was kept stays."""
@@ -224,14 +248,17 @@ class Hooks:
 
     def template(self) -> Template | None:
         """What is to be recorded into a block; None if nothing changes or is kept."""
-        if not self._policies:
-            return None
-        key = tuple(
-            policy.state_key() for kinds in self._policies.values() for policy in kinds.values()
-        )
-        if self._template is None or self._template[0] != key:
-            self._template = (key, self._record())
-        return self._template[1]
+        with self._lock:
+            if not self._policies:
+                return None
+            every = [p for kinds in self._policies.values() for p in kinds.values()]
+            places = [(*place, self.kinds(*place)) for place in self._policies]
+            key = (places, [policy.state_key() for policy in every])
+            if self._template is None or self._template[0] != key:
+                # What the key has by number must not make room for another.
+                kept = [list(policy.parameters()) for policy in every]
+                self._template = (key, kept, self._record())
+            return self._template[2]
 
     def _record(self) -> Template | None:
         places = [
@@ -261,16 +288,22 @@ class Hooks:
         """Record the policies of one point; gives what is to be kept."""
         vocabulary = self._vocabulary
         before = value = vocabulary.read(layer, POINTS[point])
-        saves = []
+        saves: list[tuple[Any, Any]] = []
         for kind in self.kinds(point, layer):
             policy = self._policies[point, layer].get(kind)
+            if policy is None and INVERSE_OF.get(kind) in self._policies[point, layer]:
+                # It is in the configuration: what it takes back may be the only one that was set.
+                policy = self.policy(point, layer, kind)
             if policy is None or not policy.active:
                 continue
             if isinstance(policy, Collect):
                 assert isinstance(value, Proxy)
                 saves.append((current_node(value), policy.parts))
-            else:
-                value = policy(value)
+                continue
+            if isinstance(policy, Counted) and not policy.autorestart:
+                counted = ops.perform(ops.COUNT_TOKENS, value, counted=True)
+                saves.append((current_node(counted), policy.counts))
+            value = policy(value)
         if value is not before:
             write_name(self._model, vocabulary, layer, POINTS[point], value)
         return saves
@@ -346,8 +379,11 @@ class Point:
     def set_offsets(self, offsets: Any) -> None:
         """The offset of each layer, [layer, *d]."""
         rows = torch.as_tensor(offsets)
-        if rows.shape[0] != len(self):
-            raise InputError(f"{rows.shape[0]} offsets were given for {len(self)} layers")
+        if not rows.ndim or rows.shape[0] != len(self):
+            raise InputError(
+                f"{list(rows.shape)} was given, which is not one row for each of the model's "
+                f"{len(self)} layers"
+            )
         for layer, row in enumerate(rows):
             self[layer]["offset"].set_offset(row)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -33,9 +34,14 @@ class Policy(nn.Module):
         return True
 
     def state_key(self) -> tuple[Any, ...]:
-        """Another one whenever something has changed."""
-        found = tuple((id(p), p._version, p.requires_grad) for p in self.parameters())
+        """Another one whenever something has changed but the numbers, which a run takes as they are
+        then."""
+        found = tuple((id(p), p.requires_grad) for p in self.parameters())
         return (id(self), self.active, found)
+
+    def undo(self, value: Any) -> Any:
+        """What gives back the value that `forward` was given."""
+        raise NotImplementedError
 
     def reset(self) -> None:
         """Back to what changes nothing."""
@@ -43,7 +49,7 @@ class Policy(nn.Module):
 
     def _fit(self, value: Any, *before: int) -> torch.Tensor:
         """A tensor in the shape of a parameter; flattened heads are unflattened."""
-        tensor = torch.as_tensor(value).detach().float()
+        tensor = _numbers(value)
         wanted = (*before, *self.shape)
         if tensor.numel() != torch.Size(wanted).numel():
             raise ShapeError(
@@ -55,19 +61,43 @@ class Policy(nn.Module):
         with torch.no_grad():
             parameter.copy_(value.to(parameter))
 
+    def load(self, name: str, value: torch.Tensor) -> None:
+        """Set one of the parameters, which stays the same object."""
+        parameter = self.get_parameter(name)
+        if parameter.shape != value.shape:
+            raise ShapeError(
+                f"`{name}` of `{self.kind}` is {list(parameter.shape)}, and {list(value.shape)} was "
+                "given"
+            )
+        self._set(parameter, value)
+
+    def _untrain(self) -> None:
+        """No parameter asks for gradients any more."""
+        self.requires_grad_(False).zero_grad()
+
     def extra_repr(self) -> str:
         return f"shape={list(self.shape)}, active={self.active}"
 
 
+def _numbers(value: Any) -> torch.Tensor:
+    """Floating numbers in single precision at least, without a gradient."""
+    tensor = torch.as_tensor(value).detach()
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
 class Mask(Policy):
-    """value · m + offset · (1 − m), m = step(param > 0)."""
+    """value · m + offset · (1 − m), m = step(param > 0).
+
+    Attributes:
+        mask_fn: "step", "sigmoid", "tanh", "relu", or a function of the parameter.
+    """
 
     kind = "mask"
 
     def __init__(self, shape: tuple[int, ...], mask_fn: Any = "step") -> None:
         super().__init__(shape)
+        functions.check_mask(mask_fn)
         self.mask_fn = mask_fn
-        functions.mask_function(mask_fn)
         self.param = nn.Parameter(torch.ones(shape), requires_grad=False)
         self.offset = nn.Parameter(torch.zeros(shape), requires_grad=False)
 
@@ -77,10 +107,17 @@ class Mask(Policy):
             return True
         return not bool((self.param > 0).all())
 
+    def state_key(self) -> tuple[Any, ...]:
+        return (*super().state_key(), self.mask_fn)
+
     @property
     def mask(self) -> torch.Tensor:
         """What values are multiplied by, [*d]."""
-        found: torch.Tensor = functions.mask_function(self.mask_fn)(self.param)
+        functions.check_mask(self.mask_fn)
+        kind = self.mask_fn
+        found: torch.Tensor = (
+            kind(self.param) if callable(kind) else functions.MASKS[kind](self.param)
+        )
         return found
 
     def forward(self, value: Any) -> Any:
@@ -109,8 +146,11 @@ class Mask(Policy):
         self._set(self.param, self.param * keep.to(self.param))
 
     def reset(self) -> None:
+        self._modules.pop("mask_fn", None)
+        self.mask_fn = "step"
         self._set(self.param, torch.ones(self.shape))
         self._set(self.offset, torch.zeros(self.shape))
+        self._untrain()
 
 
 class Shift(Policy):
@@ -137,6 +177,7 @@ class Shift(Policy):
 
     def reset(self) -> None:
         self._set(self.param, torch.zeros(self.shape))
+        self._untrain()
 
 
 class Offset(Shift):
@@ -144,30 +185,97 @@ class Offset(Shift):
 
     kind = "offset"
 
+    def undo(self, value: Any) -> Any:
+        return functions.unoffset(value, self.param)
 
-class Unoffset(Shift):
-    """value − the parameter of the `offset` of the same place."""
 
-    kind = "unoffset"
+class Paired(Policy):
+    """What takes back what another policy of the same place does, with the parameters of that one."""
 
-    def share(self, other: Shift) -> None:
-        self.param = other.param
+    #: Whose inverse it is.
+    inverse_of = ""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__(shape)
+        self._of: list[Policy] = []  # a list, so that it is no submodule
+
+    def share(self, other: Policy) -> None:
+        """Be the inverse of this one."""
+        self._of = [other]
+
+    @property
+    def active(self) -> bool:
+        return bool(self._of) and self._of[0].active
+
+    def state_key(self) -> tuple[Any, ...]:
+        return (*super().state_key(), *(one.state_key() for one in self._of))
 
     def forward(self, value: Any) -> Any:
-        return functions.unoffset(value, self.param)
+        if not self._of:
+            raise OperationError(f"`{self.kind}` needs a `{self.inverse_of}` at the same place")
+        return self._of[0].undo(value)
+
+    def reset(self) -> None:
+        pass
+
+
+class Unoffset(Paired):
+    """value − the parameter of the `offset` of the same place."""
+
+    kind, inverse_of = "unoffset", "offset"
+
+    @property
+    def param(self) -> torch.Tensor:
+        """That of the `offset`."""
+        return self._of[0].get_parameter("param")
+
+
+class Counts(Series):
+    """Where the numbers of tokens of a block arrive."""
+
+    __slots__ = ("_block",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._block = -1
+
+    def part(self, number: int, block: int, invoke: int | None) -> Box:
+        if block != self._block:
+            self.parts, self._block = [], block
+        return super().part(number, block, invoke)
+
+    def take(self) -> int:
+        """Those of the longest prompt of a block that has run; the next time, 0."""
+        found = max((box.value for box in self.parts if box.full), default=0)
+        if found:
+            self.parts = []
+        return found
 
 
 class Counted(Policy):
     """A policy of single tokens.
 
     Attributes:
-        tokens_seen: the number of a block's first token. With `autorestart`, each block begins with 0.
+        autorestart: count the tokens of each block from 0. Else a block goes on where the one before
+            it ended, with the tokens of its longest prompt.
     """
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__(shape)
-        self.tokens_seen = 0
+        self._seen = 0
         self.autorestart = True
+        self.counts = Counts()
+
+    @property
+    def tokens_seen(self) -> int:
+        """The number of the next block's first token."""
+        self._seen += self.counts.take()
+        return self._seen
+
+    @tokens_seen.setter
+    def tokens_seen(self, count: int) -> None:
+        self.counts.take()
+        self._seen = count
 
     def restart(self) -> None:
         """Count from 0 again."""
@@ -179,7 +287,7 @@ class Counted(Policy):
         return self.tokens_seen
 
     def state_key(self) -> tuple[Any, ...]:
-        return (*super().state_key(), self._first())
+        return (*super().state_key(), self._first(), self.autorestart)
 
     def _index(self, token_index: int) -> int:
         if token_index < 0:
@@ -201,7 +309,7 @@ class ActAdd(Counted):
         return self.param.shape[0] > 0
 
     def forward(self, value: Any) -> Any:
-        return functions.actadd(value, self.param[self._first() :])
+        return functions.actadd(value, self.param, self._first())
 
     def add_token(self, token_index: int, value: Any) -> None:
         """Add a vector [*d] to what this token gets."""
@@ -275,7 +383,6 @@ class Whiten(Policy):
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__(shape)
-        self._set_up = False
         size = torch.Size(shape).numel()
         self.offset = nn.Parameter(torch.zeros(shape), requires_grad=False)
         # The identity is only made when there is something to rotate.
@@ -285,82 +392,81 @@ class Whiten(Policy):
 
     @property
     def active(self) -> bool:
-        return self._set_up
+        return self.rotate.shape[0] > 0
 
     def set_whitening(self, offset: Any, rotate: Any, scale: Any, rotate_inv: Any = None) -> None:
         """Set what is added [*d], the rotation [n, n] and the scale [n]; the inverse of the rotation is
         computed where it is not given."""
         size = torch.Size(self.shape).numel()
-        rotate, scale = torch.as_tensor(rotate).float(), torch.as_tensor(scale).float()
+        rotate, scale = _numbers(rotate), _numbers(scale)
         if tuple(rotate.shape) != (size, size) or tuple(scale.shape) != (size,):
             raise ShapeError(
                 f"whitening {list(self.shape)} takes a rotation [{size}, {size}] and a scale [{size}], "
                 f"not {list(rotate.shape)} and {list(scale.shape)}"
             )
-        inverse = torch.linalg.pinv(rotate) if rotate_inv is None else torch.as_tensor(rotate_inv)
+        inverse = torch.linalg.pinv(rotate) if rotate_inv is None else _numbers(rotate_inv)
+        if inverse.shape != rotate.shape:
+            raise ShapeError(
+                f"the inverse of a rotation {list(rotate.shape)} is {list(inverse.shape)}"
+            )
         self._set(self.offset, self._fit(offset))
         self._set(self.scale, scale)
-        self.rotate = nn.Parameter(rotate.detach().clone(), requires_grad=False)
-        self.rotate_inv = nn.Parameter(inverse.detach().float().clone(), requires_grad=False)
-        self._set_up = True
+        self._rotate_by(rotate, inverse)
+
+    def load(self, name: str, value: torch.Tensor) -> None:
+        size = self.scale.shape[0]
+        if name in ("rotate", "rotate_inv") and value.shape in [(size, size), (0, size)]:
+            parameter = nn.Parameter(value.detach().clone().to(self.scale), requires_grad=False)
+            setattr(self, name, parameter)
+        else:
+            super().load(name, value)
+
+    def _rotate_by(self, rotate: torch.Tensor, inverse: torch.Tensor) -> None:
+        self.rotate = nn.Parameter(rotate.clone().to(self.scale), requires_grad=False)
+        self.rotate_inv = nn.Parameter(inverse.clone().to(self.scale), requires_grad=False)
 
     def forward(self, value: Any) -> Any:
         return functions.whiten(value, self.offset, self.rotate, self.scale)
 
+    def undo(self, value: Any) -> Any:
+        return functions.unwhiten(value, self.offset, self.rotate_inv, self.scale)
+
     def reset(self) -> None:
-        self._set_up = False
+        self._set(self.offset, torch.zeros(self.shape))
+        self._set(self.scale, torch.ones_like(self.scale))
+        self._rotate_by(self.rotate[:0].detach(), self.rotate_inv[:0].detach())
+        self._untrain()
 
 
-class Unwhiten(Policy):
+class Unwhiten(Paired):
     """The inverse of the `whiten` of the same place."""
 
-    kind = "unwhiten"
-
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        super().__init__(shape)
-        self._of: list[Whiten] = []  # a list, so that it is no submodule
-
-    def share(self, other: Whiten) -> None:
-        self._of = [other]
-
-    @property
-    def active(self) -> bool:
-        return bool(self._of) and self._of[0].active
-
-    def state_key(self) -> tuple[Any, ...]:
-        return (*super().state_key(), *(one.state_key() for one in self._of))
-
-    def forward(self, value: Any) -> Any:
-        if not self._of:
-            raise OperationError("`unwhiten` needs a `whiten` at the same place")
-        of = self._of[0]
-        return functions.unwhiten(value, of.offset, of.rotate_inv, of.scale)
-
-    def reset(self) -> None:
-        pass
+    kind, inverse_of = "unwhiten", "whiten"
 
 
 class Collected(Series):
     """Where the values of the last block arrive, with the prompt that each is of."""
 
-    __slots__ = ("_block", "invokes")
+    __slots__ = ("_block", "_lock", "found")
 
     def __init__(self) -> None:
         super().__init__()
-        self.invokes: list[int] = []
+        self.found: list[tuple[int, Box]] = []
         self._block = -1
+        self._lock = threading.Lock()
 
     def part(self, number: int, block: int, invoke: int | None) -> Box:
-        if block != self._block:
-            self.clear()
-            self._block = block
-        self.invokes.append(invoke or 0)
-        return super().part(number, block, invoke)
+        box = Box(number)
+        with self._lock:  # blocks of other threads
+            if block > self._block:
+                self.found, self._block = [], block
+            if block == self._block:
+                self.found.append((invoke or 0, box))
+        return box
 
     def clear(self) -> None:
         """Let go of what was kept."""
-        self.parts.clear()
-        self.invokes.clear()
+        self.found = []
 
 
 class Collect(Policy):
@@ -392,7 +498,7 @@ class Collect(Policy):
         With several prompts in a block, a list of theirs.
         """
         by_invoke: dict[int, list[Any]] = {}
-        for box, invoke in zip(self.parts.parts, self.parts.invokes, strict=True):
+        for invoke, box in list(self.parts.found):
             if box.full:
                 by_invoke.setdefault(invoke, []).append(box.value)
         found = [
@@ -417,3 +523,5 @@ KINDS: dict[str, type[Policy]] = {
     one.kind: one
     for one in (Mask, ActAdd, Shift, Offset, Unoffset, Replace, Collect, Whiten, Unwhiten)
 }
+#: What takes back what another does.
+INVERSE_OF = {one.kind: one.inverse_of for one in (Unoffset, Unwhiten)}
