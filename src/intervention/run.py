@@ -158,7 +158,7 @@ class Run:
         self._waiting = [0] * count
         for node in graph.nodes:
             if node.kind != READ and plan.live[node.index]:
-                needed = sum(1 for _ in arguments(node))
+                needed = len(arguments(node))
                 self._waiting[node.index] = needed
                 if not needed:
                     self._ready.append(node.index)

@@ -246,7 +246,7 @@ def _shifted(key: Any, start: int, stop: int) -> Any:
 def _origin(node: Node) -> HookPoint | None:
     """The hook point that a value comes from, along first arguments."""
     while node.kind != READ:
-        first = next(arguments(node), None)
+        first = next(iter(arguments(node)), None)
         if first is None:
             return None
         node = first

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from heapq import heappop, heappush
 from typing import Any
 
@@ -200,6 +200,7 @@ class Graph:
         for spot, write in found:
             passed = self.passed[spot]
             passed.args = (write.args[0], *passed.args[1:])
+            passed.used = None
             del self.writes[spot]
         if found:
             self._sort([write for _, write in found])
@@ -346,10 +347,15 @@ def _show(value: Any) -> str:
     return name if isinstance(name, str) and not isinstance(value, Captured) else repr(value)
 
 
-def arguments(node: Node) -> Iterator[Node]:
+def arguments(node: Node) -> tuple[Node, ...]:
     """The nodes that `node` uses, one for each use."""
-    for argument in (*node.args, *node.kwargs.values()) if node.kwargs else node.args:
-        if type(argument) is Node:
-            yield argument
-        elif type(argument) not in ATOMS:
-            yield from (leaf for leaf in leaves(argument) if type(leaf) is Node)
+    used = node.used
+    if used is None:
+        found: list[Node] = []
+        for argument in (*node.args, *node.kwargs.values()) if node.kwargs else node.args:
+            if type(argument) is Node:
+                found.append(argument)
+            elif type(argument) not in ATOMS:
+                found.extend(leaf for leaf in leaves(argument) if type(leaf) is Node)
+        used = node.used = tuple(found)
+    return used

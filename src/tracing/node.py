@@ -178,9 +178,10 @@ class Node:
         invoke: the invoke it was recorded in.
         args, kwargs: literals, `Captured` tensors and other nodes, nested in plain containers.
         file, line: the user's line.
+        used: the nodes among its arguments, once they were asked for; see `graph.arguments`.
     """
 
-    __slots__ = ("args", "file", "index", "invoke", "kind", "kwargs", "line", "target")
+    __slots__ = ("args", "file", "index", "invoke", "kind", "kwargs", "line", "target", "used")
 
     def __init__(
         self,
@@ -201,6 +202,7 @@ class Node:
         self.invoke = invoke
         self.file = file
         self.line = line
+        self.used: tuple[Node, ...] | None = None
 
     @property
     def guarded(self) -> Node:
