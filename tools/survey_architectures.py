@@ -36,9 +36,6 @@ NAMES = (
     "resid_pre resid_mid resid_post attn_in attn_out mlp_in mlp_out q k v scores pattern z head_out"
     " mlp_pre mlp_post"
 ).split()
-ATTENTION = {"attn_in", "attn_out", "q", "k", "v", "scores", "pattern", "z", "head_out"}
-NEURONS = {"mlp_pre", "mlp_post"}
-MLP = {"mlp_in", "mlp_out", *NEURONS}
 
 #: Parts of the reasons why an architecture cannot have a name; then its absence does not count.
 CANNOT = (
@@ -139,6 +136,103 @@ def lacks(result: dict[str, Any]) -> dict[str, str]:
     return found
 
 
+# -------------------------------------------------------------------- the page
+
+INTRODUCTION = """# Architectures
+
+Unified names (`model.layers[i].resid_mid`, `.pattern`, `.z`, …) are there for every model of
+transformers that is a stack of blocks. For {declared} of the {all} types of causal language models
+below, a file in `src/models/architectures` declares where each name is. For the others the library
+looks at one forward of the model, on values without numbers, and follows the residual stream through
+each kind of block; it says once that it did, and the first block that uses such a name checks it on
+the loaded weights and refuses it if it is wrong. A name that is not there says why: `print(
+model.layers[0].support())`.
+
+This page is written by `tools/survey_architectures.py` with transformers {version}. Each type is built
+small, with random weights, and every name is checked against what it promises: its shape, the
+identities between names (what is added gives the stream, pattern · v = z, a weight makes one name of
+another, …), and that an edit of it changes the logits. A name that did not keep a promise was taken out
+and all others were checked again, so what the table shows as verified is what a model of that type
+gives. Random weights cannot show everything: a checkpoint may have settings that its type's defaults do
+not have. `model.verify_names()` does the same checks on any loaded model.
+
+**{full} of {all} types are verified in full**: every name holds that the architecture can have. Names
+that cannot be there do not count against a type: nothing lies between attention and MLP where they are
+parallel, a mixture of experts has no neurons that see all tokens, a recurrent block has no pattern, and
+a name by head has the one size of head that the model is said to have.
+
+In the table ● is verified in every layer, ◐ in some kinds of layers (in the others it is not there),
+and · is not there.
+"""
+SHORT = {
+    "resid_pre": "pre", "resid_mid": "mid", "resid_post": "post", "attn_in": "attn in",
+    "attn_out": "attn out", "mlp_in": "mlp in", "mlp_out": "mlp out", "head_out": "head out",
+    "mlp_pre": "mlp pre", "mlp_post": "mlp post",
+}  # fmt: skip
+
+
+def page(results: list[dict[str, Any]]) -> str:
+    """The text of docs/architectures.md."""
+    import transformers
+
+    good = [r for r in results if "error" not in r]
+    text = INTRODUCTION.format(
+        declared=len([r for r in good if not r["probed"]]),
+        all=len(results),
+        full=len([r for r in good if not lacks(r)]),
+        version=transformers.__version__,
+    )
+    heads = ["type", "class", "", *(SHORT.get(name, name) for name in NAMES), "in full"]
+    rows = [heads, ["---"] * 3 + [":-:"] * (len(NAMES) + 1)]
+    for result in good:
+        kinds = result["kinds"]
+        marks = []
+        for name in NAMES:
+            gone = len([reasons for reasons in kinds if name in reasons])
+            marks.append("●" if not gone else "·" if gone == len(kinds) else "◐")
+        how = "probed" if result["probed"] else "declared"
+        full = "" if lacks(result) else "yes"
+        rows.append([f"`{result['type']}`", result["class"], how, *marks, full])
+    lines = [text, *("| " + " | ".join(row) + " |" for row in rows), ""]
+    lines += ["## What is missing, and why", ""]
+    for result in good:
+        if lacks(result):
+            lines.append(f"- `{result['type']}`: {_reasons(lacks(result))}.")
+    lines += ["", "## Names that cannot be there", ""]
+    cannot: dict[tuple[str, str], list[str]] = {}
+    for result in good:
+        gone: dict[str, list[str]] = {}
+        for reasons in result["kinds"]:
+            for name, reason in reasons.items():
+                if name not in lacks(result) and name not in gone.setdefault(reason, []):
+                    gone[reason].append(name)
+        for reason, names in gone.items():
+            ordered = ", ".join(f"`{name}`" for name in NAMES if name in names)
+            cannot.setdefault((_clean(reason), ordered), []).append(f"`{result['type']}`")
+    for (reason, ordered), types in sorted(cannot.items()):
+        lines.append(f"- {ordered}: {reason} ({', '.join(types)}).")
+    failed = [r for r in results if "error" in r]
+    if failed:
+        lines += ["", "## Types without unified names", ""]
+        lines += [f"- `{r['type']}`: {_clean(r['error'])}." for r in failed]
+    return "\n".join(lines) + "\n"
+
+
+def _reasons(gaps: dict[str, str]) -> str:
+    """Names with the same reason together."""
+    found: dict[str, list[str]] = {}
+    for name, reason in gaps.items():
+        found.setdefault(_clean(reason), []).append(f"`{name}`")
+    return "; ".join(f"{', '.join(names)}: {reason}" for reason, names in found.items())
+
+
+def _clean(reason: str) -> str:
+    """A reason in one line, without places in files of this machine."""
+    reason = " ".join(reason.split()).split(" Recorded at ")[0]
+    reason = reason.replace("|", "\\|").rstrip(". ")
+    return reason if len(reason) < 300 else f"{reason[:297]}…"
+
+
 # -------------------------------------------------------------------- all types
 
 
@@ -225,6 +319,9 @@ def main(arguments: list[str]) -> int:
                 Path(file).write_text(json.dumps(results))
     while not workers.empty():
         workers.get().end()
+    if len(results) == len(causal_types()):
+        PAGE.parent.mkdir(exist_ok=True)
+        PAGE.write_text(page(results), encoding="utf-8")
     full = [r for r in results if "error" not in r and not lacks(r)]
     print(f"{len(full)} of {len(results)} in full")
     return 0

@@ -21,7 +21,7 @@ from ...envoy.names import Missing, Place, Spot
 from ...tracing.errors import GraftworkError, UnavailableNameError
 from ..sizes import Sizes, sizes_of
 from .architecture import Architecture, Block, Norm, Weight, norm_places
-from .probe_attention import CALL, core_of, inner_operations, softmax_of
+from .probe_attention import CALL, core_of, eager_operations, inner_operations, softmax_of
 from .probe_block import BlockProbe
 from .probe_layouts import norm_of
 from .trial import Key, Trial, run_trial
@@ -113,11 +113,11 @@ class _Probe:
             if not (self.is_linear(child) or type(child).__module__.startswith("torch."))
         ]
         self.trial = self._try(told)
-        inner = self._inner()
-        if inner:
+        for inner in (self._inner(), self._eager()):
             # A function that cannot be looked into: what is inside has no places.
-            with contextlib.suppress(GraftworkError):
-                self.trial = self._try(told, inner)
+            if inner:
+                with contextlib.suppress(GraftworkError):
+                    self.trial = self._try(told, inner)
 
     def _inner(self) -> list[tuple[str, str]]:
         """The operations of functions that attention calls, where it has no interface."""
@@ -128,6 +128,12 @@ class _Probe:
             if pattern is not None and not any(e.port == f"{CALL}.inputs" for e in inside):
                 found += inner_operations(self.trial, core_of(self.tree, block, pattern[1]))
         return found
+
+    def _eager(self) -> list[tuple[str, str]]:
+        """The operations of the eager functions behind transformers' attention interface."""
+        cores = dict.fromkeys(e.path for e in self.trial.events if e.port == f"{CALL}.inputs")
+        found = [one for core in cores for one in eager_operations(self.tree, core)]
+        return found and [*found, *self._inner()]
 
     def _trial_size(self) -> tuple[int, int]:
         """Batch and tokens, which no other size of the model equals."""
@@ -187,8 +193,7 @@ class _Probe:
             if not paths or any(a is None or b is None for a, b in ends):
                 continue
             handed = all(
-                self.trial.between(after[0], [before[1]]) is not None  # type: ignore[arg-type, list-item]
-                for before, after in itertools.pairwise(ends)
+                self._hands(before[1], after[0]) for before, after in itertools.pairwise(ends)
             )
             if handed:
                 whole = sum(p.numel() for p in parent.parameters())
@@ -201,6 +206,13 @@ class _Probe:
             )
         _, _, path, paths = max(found)
         return path, paths
+
+    def _hands(self, left: Key | None, taken: Key | None) -> bool:
+        """True if what a module gave is what the next took, and nothing was multiplied with it."""
+        if left is None or taken is None:
+            return False
+        way = self.trial.between(taken, [left])
+        return way is not None and not {"mm", "addmm", "bmm"} & set(way)
 
     def stream_in(self, path: str) -> Key | None:
         key = self.trial.first(path)

@@ -36,6 +36,7 @@ from .probe_layouts import (
 from .trial import SAME, Key, Trial
 
 CALL = "source.attention_interface_0"
+EAGER = "eager.attention_interface_0"
 _SOFTMAX = ("_softmax", "_safe_softmax", "softmax")
 _PRODUCTS = ("bmm", "baddbmm")
 
@@ -65,15 +66,27 @@ def inner_operations(trial: Trial, core: str) -> list[tuple[str, str]]:
     """What is written in the functions that a forward calls."""
     found: list[tuple[str, str]] = []
     for (path, prefix), function in trial.functions.items():
-        if path != core or not (inspect.isfunction(function) or inspect.ismethod(function)):
-            continue
-        if not str(getattr(function, "__module__", "")).startswith(("torch.", "torch")):
-            try:
-                names = listing(function, prefix).names
-            except GraftworkError:
-                continue
-            found.extend((path, f"{prefix}.source.{name}") for name in names)
+        if path == core:
+            found.extend((path, f"{prefix}.source.{name}") for name in _names(function))
     return found
+
+
+def eager_operations(tree: torch.nn.Module, core: str) -> list[tuple[str, str]]:
+    """What is written in the eager attention of a module's file."""
+    forward = inspect.unwrap(type(tree.get_submodule(core)).forward)
+    eager = getattr(forward, "__globals__", {}).get("eager_attention_forward")
+    return [(core, f"{EAGER}.source.{name}") for name in _names(eager)]
+
+
+def _names(function: Any) -> list[str]:
+    """The operations of a function that is not torch's."""
+    plain = inspect.isfunction(function) or inspect.ismethod(function)
+    if not plain or str(getattr(function, "__module__", "")).split(".")[0] == "torch":
+        return []
+    try:
+        return listing(function, function.__name__).names
+    except GraftworkError:
+        return []
 
 
 def find_attention(block: Any) -> AttentionProbe | None:
@@ -163,26 +176,24 @@ class AttentionProbe:
             key = self.operands.get(name)
             if key is not None and len(self.trial.shape(key)) == 4:
                 self.places[name] = Spot(below, f"{CALL}.inputs", (0, index), head_first)
-        forward = inspect.unwrap(type(self.block.module_at(self.core)).forward)
-        eager = getattr(forward, "__globals__", {}).get("eager_attention_forward")
-        names: list[str] = []
-        if eager is not None:
-            try:
-                names = listing(eager, "eager attention").names
-            except GraftworkError:
-                names = []
-        inner = "eager.attention_interface_0.source"
-        if len([name for name in names if name.startswith("softmax")]) != 1:
-            reason = "the eager attention of its file has no softmax in its text"
+        inner = f"{EAGER}.source"
+        seen = {
+            name: self.trial.first(self.core, f"{inner}.{name}.output")
+            for name in ("softmax_0", "cat_0", "dropout_0")
+        }
+        softmax, joined, dropped = seen.values()
+        if softmax is None or len(self.trial.shape(softmax)) != 4:
+            reason = "no softmax was seen in its eager attention"
             self.reasons.update(scores=reason, pattern=reason)
-            return
-        if "cat_0" in names and "dropout_0" in names:
-            self.places["scores"] = Spot(below, f"{inner}.cat_0.input", (0,))
-            self.places["pattern"] = Spot(below, f"{inner}.dropout_0.input")
-            self.weights["attn.sinks"] = Weight(below, "sinks")
-            return
-        self.places["scores"] = Spot(below, f"{inner}.softmax_0.input")
-        self.places["pattern"] = Spot(below, f"{inner}.softmax_0.output")
+        elif joined is not None and self.trial.between(softmax, [joined]) is not None:
+            # A learned score is beside those of the keys: the last before the softmax.
+            if dropped is not None:
+                self.places["scores"] = Spot(below, f"{inner}.cat_0.input", (0,))
+                self.places["pattern"] = Spot(below, f"{inner}.dropout_0.input")
+                self.weights["attn.sinks"] = Weight(below, "sinks")
+        else:
+            self.places["scores"] = Spot(below, f"{inner}.softmax_0.input")
+            self.places["pattern"] = Spot(below, f"{inner}.softmax_0.output")
 
     def by_softmax(self, pattern: Key) -> None:
         """Names in the text of the module's own attention."""

@@ -116,7 +116,7 @@ class BlockProbe:
         )
         if norm is not None:
             before = self.trial.first(norm)
-            if before is not None and before != self.pre and self._is_stream(before, memo):
+            if before is not None and self._is_stream(before, memo):
                 found = _Step("norm", before, key, None, norm)
         elif made.name == "add" and len(made.takes) == 2:
             one, other = made.takes
@@ -254,12 +254,20 @@ class BlockProbe:
 
     def _reason(self, name: str) -> str:
         if self.attention is None and name in _ATTENTION:
-            if "mixer_out" in self.places:
+            if self.steps and not self._weighs():
                 return "this block has a mixer and no attention: use mixer_in and mixer_out"
             return "no attention that is known was seen in this block"
         if name.startswith("mlp") and not self.mlp_seen and name not in self.reasons:
             return "no MLP was seen in this block"
         return self.reasons.get(name, "it was not found in a trial forward of this block")
+
+    def _weighs(self) -> bool:
+        """True if there is a softmax by head, in whatever form."""
+        return any(
+            made.name.endswith("softmax") and len(self.trial.shape(key)) > 3
+            for key, made in self.trial.ledger.made.items()
+            if any(self._inside(path) for path in made.modules)
+        )
 
     def _look(self) -> None:
         """Follow the stream: which part of the block adds what."""
@@ -277,7 +285,8 @@ class BlockProbe:
             alone = whole or self.whole.model.is_block(self.module)
             places["resid_post"] = Spot("", "output", () if alone else (0,))
         adds = [step for step in self.steps if step.kind == "add"]
-        self.post_norm = any(step.kind == "norm" for step in self.steps)
+        kinds = [step.kind for step in self.steps]
+        self.post_norm = "norm" in kinds[kinds.index("add") :] if "add" in kinds else False
         if not adds:
             why = "what leaves this block is not what entered it with parts added"
             self._none(why)
@@ -326,13 +335,15 @@ class BlockProbe:
     def _in_sequence(self, adds: list[_Step], parts: list[list[tuple[_Step, Key]]]) -> None:
         """Attention or a mixer, or both, and then an MLP that reads what came of it."""
         first = self.steps.index(adds[0])
-        scaled = "the stream itself is scaled in this block, so its parts do not sum to it"
+        scaled = (
+            "the stream itself is scaled or normed in this block, so its parts do not sum to it"
+        )
         attention = [one for one in parts[0] if self._from_attention(one[1])]
         others = [one for one in parts[0] if not self._from_attention(one[1])]
         if len(attention) > 1 or len(others) > 1:
             self._none(f"this block adds {len(parts[0])} parts to the stream at once")
             return
-        if any(step.kind == "scale" for step in self.steps[:first]):
+        if any(step.kind != "add" for step in self.steps[:first]):
             self.reasons.update(dict.fromkeys(("resid_mid", "attn_out", "mixer_out"), scaled))
         else:
             for one in attention:
