@@ -20,7 +20,7 @@ from . import calls
 from .architectures import IDS, POSITIONS, alias_of, padding_of
 from .base import Model, accepts
 from .execution import settings_of
-from .loading import Checkpoint
+from .loading import Checkpoint, classifies_images
 from .locks import turn_of
 from .prompts import PER_TOKEN, Reader, TextPrompt, batch
 
@@ -104,7 +104,9 @@ class LanguageModel(Model):
             self._checkpoint = Checkpoint(name, dtype, device_map, options)
             self.config = self._checkpoint.config
             self._start(self._checkpoint.skeleton(), rename)
-            if tokenizer is None:
+            if classifies_images(self.config):
+                self.__class__ = ImageModel  # by its name alone nobody could tell
+            elif tokenizer is None:
                 tokenizer = self._checkpoint.tokenizer()
         else:
             raise LoadError(
@@ -657,6 +659,35 @@ class LanguageModel(Model):
             for _, (own, width) in sorted(parts.items())
         ]
         return torch.cat(rows)
+
+
+class ImageModel(LanguageModel):
+    """An image classifier by name: its prompts are pixels [image, channel, height, width], given as to
+    any module."""
+
+    trace = Model.trace
+    prepare = Model.prepare
+    sample_prompt = Model.sample_prompt
+    batch_class = Model.batch_class
+    prompt_identity = Model.prompt_identity
+    may_share = Model.may_share
+    may_be_causal = Model.may_be_causal
+    is_causal = Model.is_causal
+    unembedding_path = Model.unembedding_path
+    forward = Model.forward
+    _kind_of = Model._kind_of
+    _shape_class = Model._shape_class
+    _trial_inputs = Model._trial_inputs
+    _trial_options = Model._trial_options
+
+    def sample_inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        config = self.config
+        sizes = (1, config.num_channels, config.image_size, config.image_size)
+        count = torch.Size(sizes).numel()
+        return (torch.linspace(-1, 1, count).reshape(sizes),), {}
+
+    def generate(self, *args: Any, num: int | None = None, **kwargs: Any) -> Any:
+        raise InputError(f"{type(self.module_tree()).__name__} classifies images, it has no text.")
 
 
 Model._loads = LanguageModel

@@ -200,11 +200,18 @@ def _is_blank(tokenizer: Any) -> bool:
     return len(set(tokenizer.get_vocab()) - special) <= 1
 
 
+def classifies_images(config: Any) -> bool:
+    """True for a checkpoint of an image classifier."""
+    named = (getattr(config, "architectures", None) or [""])[0]
+    return bool(named.endswith("ForImageClassification"))
+
+
 def model_class(config: Any) -> Any:
     """The Auto class with a language model head for a configuration, or the bare one."""
     from transformers import (
         AutoModel,
         AutoModelForCausalLM,
+        AutoModelForImageClassification,
         AutoModelForMaskedLM,
         AutoModelForSeq2SeqLM,
     )
@@ -212,6 +219,8 @@ def model_class(config: Any) -> Any:
     named = (getattr(config, "architectures", None) or [""])[0]
     if named.endswith("ForMaskedLM"):
         return AutoModelForMaskedLM
+    if classifies_images(config):
+        return AutoModelForImageClassification
     for kind in (AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForMaskedLM):
         if type(config) in kind._model_mapping or "AutoModelForCausalLM" in (
             getattr(config, "auto_map", None) or {}
