@@ -120,11 +120,22 @@ class _Runs:
     def write(self, layer: int, name: str, value: Any) -> None:
         write_name(self.model.model, self.names, layer, name, value)
 
+    def apart(self, layer: int, name: str) -> Any:
+        """What is at a name, as a value that all that follows is made of, not a view of it."""
+        value = self.read(layer, name).clone()
+        self.write(layer, name, value)
+        return value
+
     def metric(self, tracer: Any) -> Any:
         """The metric of an invoke, as a number whose gradient can be asked for."""
         logits = tracer.output.logits
         value = self._metric(logits) if self._recorded else apply(self._metric, logits)
         return apply(_number, value)
+
+
+def gradients_of(total: Any, values: list[Any]) -> list[Any]:
+    """Gradients of a number by values; parameters get none, as they would by `backward`."""
+    return list(torch.autograd.grad(total, values))
 
 
 def _number(value: Any) -> torch.Tensor:
@@ -142,11 +153,11 @@ def _by_gradient(runs: _Runs, nodes: Sequence[_Node]) -> dict[tuple[str, int], A
         with tracer.invoke(**runs.clean):
             clean = {key: runs.read(layer, own).detach() for key, layer, own in nodes}
         with tracer.invoke(**runs.corrupted):
-            corrupted = {key: runs.read(layer, own) for key, layer, own in nodes}
-            runs.metric(tracer).backward()
+            corrupted = {key: runs.apart(layer, own) for key, layer, own in nodes}
+            gradients = gradients_of(runs.metric(tracer), list(corrupted.values()))
             found = {
-                key: apply(_score, clean[key], value, [value.grad], _SUMMED[key[0]]).save()
-                for key, value in corrupted.items()
+                key: apply(_score, clean[key], value, [gradient], _SUMMED[key[0]]).save()
+                for (key, value), gradient in zip(corrupted.items(), gradients, strict=True)
             }
     return found
 
@@ -176,10 +187,10 @@ def _integrated(runs: _Runs, nodes: Sequence[_Node], steps: int) -> dict[tuple[s
                     total = total + runs.metric(tracer)
                     if number + 1 < len(nodes) or step + 1 < steps:
                         continue
-                    total.backward()
-                    for one, values in points.items():
-                        gradients = [value.grad for value in values]
-                        given = (clean[one], corrupted[one], gradients, _SUMMED[one[0]])
+                    each = gradients_of(total, [v for values in points.values() for v in values])
+                    for place, one in enumerate(points):
+                        mine = each[place * steps : (place + 1) * steps]
+                        given = (clean[one], corrupted[one], mine, _SUMMED[one[0]])
                         found[one] = apply(_score, *given).save()
     return found
 
@@ -290,10 +301,10 @@ def edge_attribution_patch(
                 read.append(_readers(runs))
                 total = total + runs.metric(tracer)
                 if step + 1 == steps:
-                    total.backward()
+                    each = gradients_of(total, [value for values in read for value in values])
                     for number, (before, _) in enumerate(_order(runs, len(embeddings))):
-                        gradients = [one[number].grad for one in read]
-                        scores.append(apply(_edges, changes[:before], gradients).save())
+                        mine = each[number :: len(read[0])]
+                        scores.append(apply(_edges, changes[:before], mine).save())
     return _assembled(runs, embeddings, [one.value for one in scores])
 
 
@@ -325,9 +336,7 @@ def _readers(runs: _Runs) -> list[Any]:
     found: list[Any] = []
     for i in range(len(runs.names)):
         for which in "qkv":
-            entered = runs.read(i, f"{which}_input").clone()
-            runs.write(i, f"{which}_input", entered)
-            found.append(entered)
+            found.append(runs.apart(i, f"{which}_input"))
         block = runs.names.architecture.block(i)
         stream = runs.read(i, "resid_pre" if block.parallel else "resid_mid").clone()
         norm = block.norms.get("ln2") or block.norms.get("ln1")
@@ -337,7 +346,7 @@ def _readers(runs: _Runs) -> list[Any]:
             entered = runs.model.model.get(path)(stream)
         runs.write(i, "mlp_in", entered)
         found.append(stream)
-    return [*found, runs.read(len(runs.names) - 1, "resid_post")]
+    return [*found, runs.apart(len(runs.names) - 1, "resid_post")]
 
 
 def _change(clean: torch.Tensor, corrupted: torch.Tensor) -> torch.Tensor:

@@ -84,6 +84,9 @@ class Plain:
                 resid[i] = at("resid_pre", i, args[0])
                 return (resid[i], *args[1:]), options
 
+            def after(_: Any, args: Any, output: Any) -> Any:
+                return at("resid_post", i, output)
+
             def attended(_: Any, args: Any, output: Any) -> Any:
                 first = at("attn_out", i, output[0])
                 if self.name != "gpt_neox":
@@ -91,7 +94,13 @@ class Plain:
                 return (first, *output[1:])
 
             handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(module.register_forward_hook(after))
             handles.append(attn.register_forward_hook(attended))
+            handles.append(
+                module.get_submodule(self.mlp).register_forward_pre_hook(
+                    lambda m, a: (at("mlp_in", i, a[0]),)
+                )
+            )
             handles.append(
                 module.get_submodule(self.mlp).register_forward_hook(
                     lambda m, a, o: at("mlp_out", i, o)
@@ -505,17 +514,17 @@ def test_hooks_that_are_there_stay_in_force() -> None:
 def test_a_sweep_takes_fewer_forwards_than_cells() -> None:
     model = lens("gpt2")
     rows = []
-    layer = model.module.transformer.h[0]
-    handle = layer.register_forward_hook(lambda m, a, o: rows.append(len(a[0])))
+    inner = model.module.transformer.h[0].attn.c_attn
+    handle = inner.register_forward_hook(lambda m, a, o: rows.append(len(a[0])))
     try:
         patching.get_act_patch_attn_head_out_by_pos(
             model, prompts()[1], clean_cache("gpt2"), metric
         )
     finally:
         handle.remove()
-    cells = LAYERS * 5 * HEADS
+    patched_there = 5 * HEADS
     assert len(rows) <= 2  # the shared beginning, then all cells at once
-    assert sum(rows) <= 2 * cells + 2  # of two prompts each
+    assert sum(rows) <= 2 * (patched_there + 1)  # of two prompts; the others start further on
 
 
 def test_a_sweep_leaves_the_model_as_it_was() -> None:
