@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -827,6 +828,7 @@ POINTS = ("pre_attn", "post_attn", "pre_mlp", "post_mlp")
 # -------------------------------------------------------------------- reading
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ATTENDING)
 def test_every_name_of_every_layer_reads_as_plain_hooks_do(name: str, zoo: Zoo) -> None:
     model = zoo.model(name)
@@ -846,6 +848,7 @@ def test_every_name_of_every_layer_reads_as_plain_hooks_do(name: str, zoo: Zoo) 
     assert lost == NOT_HELD.get(name, set())
 
 
+@pytest.mark.slow
 def test_the_places_of_other_libraries_are_those_that_they_name(zoo: Zoo) -> None:
     for name, (attn_in, attn, mlp_in, mlp) in {
         "gpt2": ("ln_1", "attn", "ln_2", "mlp"),
@@ -937,11 +940,19 @@ WRITES: tuple[tuple[Callable[[Any, str], None], Change], ...] = (
 )
 
 
+#: Models whose places are those of another one here are read alone.
+WRITTEN = [
+    name
+    for name in ATTENDING
+    if name not in ("smollm3", "qwen2_window", "falcon_one_norm", "mistral", "gemma2_caps", "olmo3")
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ATTENDING)
+@pytest.mark.parametrize("name", WRITTEN)
 def test_writes_of_every_name_change_what_plain_hooks_change(name: str, zoo: Zoo) -> None:
     model, boxes = zoo.model(name), {}
-    layers = (1, -1)
+    layers = (1, -1) if name in SHARED else (1,)
     for layer in layers:
         for one in names_at(model, layer):
             if one in POINTS or one == "expert_indices":
@@ -1110,6 +1121,7 @@ def test_prompts_of_different_lengths_in_a_batch_are_each_as_alone(data: Any, zo
         same(logits, expected.logits, name, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_a_sweep_is_the_same_with_and_without_the_planner(zoo: Zoo) -> None:
     for name in ("gpt2", "llama", "gpt_oss"):
         model, results = zoo.model(name), []
@@ -1144,6 +1156,7 @@ def test_a_sweep_is_the_same_with_and_without_the_planner(zoo: Zoo) -> None:
         same(zero_z[7], expected, name, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_several_names_of_one_layer_are_changed_in_one_block(zoo: Zoo) -> None:
     for name in ("llama", "gpt2", "gemma3_text", "bloom", "bert"):
         model = zoo.model(name)
@@ -1185,6 +1198,7 @@ def test_several_names_of_one_layer_are_changed_in_one_block(zoo: Zoo) -> None:
         same(logits, expected.logits, name, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_only_layers_whose_pattern_is_used_leave_fused_attention(
     zoo: Zoo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1212,6 +1226,7 @@ def test_only_layers_whose_pattern_is_used_leave_fused_attention(
         assert implementations == {"sdpa"}
 
 
+@pytest.mark.slow
 def test_a_mask_of_the_users_own_is_kept_by_the_eager_layer(zoo: Zoo) -> None:
     mask = torch.tensor([[1, 1, 0, 1, 1, 1, 1]])
     for name in ("gpt2", "llama", "mistral", "falcon", "bert"):
@@ -1290,6 +1305,7 @@ def test_names_of_one_step_of_a_generation(zoo: Zoo) -> None:
 # -------------------------------------------------------------------- gradients, kinds of numbers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "mixtral", "bert"])
 def test_gradients_of_names_equal_those_of_an_eager_model(name: str, zoo: Zoo) -> None:
     model, module, places = zoo.model(name), zoo.eager(name), TABLE[name]
@@ -1366,6 +1382,7 @@ def test_a_backward_goes_through_an_edit_of_the_pattern(zoo: Zoo) -> None:
     torch.testing.assert_close(share.grad, slope, rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma3_text", "bert", "mixtral"])
 def test_half_precision(name: str, zoo: Zoo) -> None:
     model: Any = LanguageModel(zoo.fresh(name).to(torch.bfloat16))
@@ -1395,9 +1412,24 @@ def test_half_precision(name: str, zoo: Zoo) -> None:
     assert error < 0.06, error
 
 
+@pytest.mark.xfail(
+    reason="a gradient of a view is that view of the whole's, which is no gradient here"
+)
+def test_gradients_of_computed_names(zoo: Zoo) -> None:
+    model, weight = zoo.model("gpt2"), zoo("gpt2").transformer.h[1].ln_1.weight
+    with model.trace(IDS) as tracer:
+        layer = model.layers[1]
+        heads, total = layer.head_out.grad.save(), layer.o_out.grad.save()
+        normalized, out = layer.ln1_normalized.grad.save(), layer.ln1_out.grad.save()
+        tracer.output.logits[0, -1, 7].backward()
+    same(normalized, out.value * weight)
+    same(heads, total.value[:, :, None].expand_as(heads.value))
+
+
 # -------------------------------------------------------------------- other blocks
 
 
+@pytest.mark.slow
 def test_sessions_edits_and_scans_take_names(zoo: Zoo) -> None:
     model = zoo.model("llama")
     with model.session():
@@ -1457,6 +1489,37 @@ def test_an_edit_of_a_pattern_lasts(zoo: Zoo) -> None:
     same(logits, zoo.plain("llama", IDS, {(1, "pattern"): change}).logits, atol=1e-4)
 
 
+@pytest.mark.xfail(reason="operations of computed names are not among those that are sent")
+def test_an_edit_of_a_computed_name_is_saved(zoo: Zoo, tmp_path: Path) -> None:
+    model: Any = LanguageModel(zoo("gpt2"))
+    with model.edit() as edited:
+        model.layers[1].head_out[:, :, 2] = 0
+    edited.save_edits(tmp_path / "edits")
+    model.load_edits(tmp_path / "edits")
+    with model.trace(IDS) as tracer:
+        logits = tracer.output.logits.save()
+    same(logits, zoo.plain("gpt2", IDS, {(1, "head_out"): _no_head}).logits, atol=1e-4)
+
+
+def test_an_edit_of_a_pattern_is_saved(zoo: Zoo, tmp_path: Path) -> None:
+    model: Any = LanguageModel(zoo("llama"))
+    with model.edit() as edited:
+        model.layers[1].pattern[:, 2] = 0
+        model.layers[0].z[:, :, 2] = 0
+    edited.save_edits(tmp_path / "edits")
+    model.load_edits(tmp_path / "edits")
+    with model.trace(IDS) as tracer:
+        logits = tracer.output.logits.save()
+
+    def change(old: torch.Tensor) -> torch.Tensor:
+        old[:, 2] = 0
+        return old
+
+    edits = {(1, "pattern"): change, (0, "z"): _no_head}
+    same(logits, zoo.plain("llama", IDS, edits).logits, atol=1e-4)
+
+
+@pytest.mark.slow
 def test_branches_on_names(zoo: Zoo) -> None:
     model = zoo.model("gpt2")
     for above, wanted in ((-1e3, True), (1e3, False)):
@@ -1523,6 +1586,7 @@ def test_two_threads_read_patterns_and_fused_layers_at_once(zoo: Zoo) -> None:
 # -------------------------------------------------------------------- what there is not
 
 
+@pytest.mark.slow
 def test_names_that_do_not_exist_say_why(zoo: Zoo) -> None:
     parallel, mamba = zoo.model("gptj"), zoo.model("mamba")
     with parallel.trace(IDS):
@@ -1697,6 +1761,7 @@ OF_MODEL = {
 }
 
 
+@pytest.mark.slow
 def test_spellings_of_other_libraries(zoo: Zoo) -> None:
     model, expected = zoo.model("llama"), zoo.plain("llama", IDS).seen
     with model.trace(IDS):
@@ -1852,6 +1917,7 @@ def _t5_eager(t5: Any) -> Any:
     return other
 
 
+@pytest.mark.slow
 def test_names_of_t5(t5: Any, tools: SimpleNamespace) -> None:
     model: Any = LanguageModel(t5)
     with pytest.raises(UnavailableNameError, match=r"encoder_layers.*decoder_layers"):
@@ -1896,6 +1962,7 @@ def test_names_of_t5(t5: Any, tools: SimpleNamespace) -> None:
     same(logits, result.logits, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_edits_of_t5(t5: Any, tools: SimpleNamespace) -> None:
     model: Any = LanguageModel(t5)
     with model.trace(IDS, decoder_input_ids=STARTED) as tracer:
@@ -1940,6 +2007,7 @@ def test_edits_of_t5(t5: Any, tools: SimpleNamespace) -> None:
     assert model.verify_names(IDS, decoder_input_ids=STARTED).ok
 
 
+@pytest.mark.slow
 def test_names_of_vit(tools: SimpleNamespace) -> None:
     torch.manual_seed(0)
     config = transformers.ViTConfig(
@@ -1987,6 +2055,7 @@ def test_names_of_vit(tools: SimpleNamespace) -> None:
     assert model.verify_names(pixel_values=pixels[:1]).ok
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "bert", "mamba", "gpt_oss", "falcon_groups"])
 def test_every_promise_holds_by_its_own_check(name: str, zoo: Zoo) -> None:
     report = zoo.model(name).verify_names(IDS, strict=False)
