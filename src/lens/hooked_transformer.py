@@ -69,10 +69,14 @@ class Prompt:
         ids: [batch, pos]; of the shape alone where a residual stream is given.
         mask: [batch, pos], zeros for padding.
         resid: [batch, pos, d_model] for a start inside the model.
+        attended: [batch, pos], zeros for what no token may attend to. Behind a row's last token that
+            is nothing in a causal model, and where the token that pads also ends a text, a row that
+            ends with it has the model's own logits.
     """
 
     ids: torch.Tensor
     mask: torch.Tensor
+    attended: torch.Tensor
     resid: torch.Tensor | None = None
 
 
@@ -191,6 +195,9 @@ class HookedTransformer:
         value = checkpoint_value if checkpoint_value is not None else checkpoint_label
         if "torch_dtype" in options:
             dtype = options.pop("torch_dtype")
+        if isinstance(dtype, str):  # "float32", as torch and TransformerLens spell it
+            named = getattr(torch, dtype.removeprefix("torch."), None)
+            dtype = named if isinstance(named, torch.dtype) else dtype
         for flag, name in (("load_in_4bit", "nf4"), ("load_in_8bit", "int8")):
             if options.pop(flag, False):
                 dtype = name
@@ -415,6 +422,7 @@ class HookedTransformer:
         attention_mask: Any,
         start_at_layer: int | None,
         tokens: Any,
+        keeps_end: bool,
     ) -> Prompt:
         if start_at_layer is not None:
             resid = torch.as_tensor(input)
@@ -424,7 +432,7 @@ class HookedTransformer:
                 )
             ids = torch.zeros(resid.shape[:2], dtype=torch.long) if tokens is None else tokens
             mask = torch.ones_like(ids) if attention_mask is None else attention_mask
-            return Prompt(ids, torch.as_tensor(mask), resid)
+            return Prompt(ids, torch.as_tensor(mask), torch.as_tensor(mask), resid)
         if is_text(input):
             text = input if isinstance(input, str) else list(input)
             ids, mask = self._tokens.to_tokens(text, prepend_bos, padding_side)
@@ -439,8 +447,11 @@ class HookedTransformer:
             if ids.ndim != 2:
                 raise InputError(f"token ids are [batch, pos] or [pos], not {list(ids.shape)}")
             mask = self._tokens.mask_of(ids, prepend_bos)
+        attended = mask
+        if keeps_end and self.cfg.attention_dir == "causal":
+            attended = (mask.cumsum(1) > 0).long()
         if attention_mask is not None:
-            mask = torch.as_tensor(attention_mask).long().to(ids.device)
+            attended = mask = torch.as_tensor(attention_mask).long().to(ids.device)
             if mask.shape != ids.shape:
                 raise InputError(
                     f"attention_mask is {list(mask.shape)}, and the tokens are {list(ids.shape)}"
@@ -449,7 +460,7 @@ class HookedTransformer:
             raise InputError(
                 f"the prompt has {ids.shape[1]} tokens, and the model takes {self._n_ctx}"
             )
-        return Prompt(ids, mask)
+        return Prompt(ids, mask, attended)
 
     def forward(
         self,
@@ -527,7 +538,13 @@ class HookedTransformer:
         if shortformer_pos_embed is not None:
             raise InputError("shortformer_pos_embed: no model of transformers has such positions")
         prompt = self._prompt(
-            input, prepend_bos, padding_side, attention_mask, start_at_layer, tokens
+            input,
+            prepend_bos,
+            padding_side,
+            attention_mask,
+            start_at_layer,
+            tokens,
+            past_kv_cache is None,
         )
         stop = self._layer(stop_at_layer, "stop_at_layer")
         start = self._layer(start_at_layer, "start_at_layer")
@@ -558,7 +575,7 @@ class HookedTransformer:
     def _plain(self, prompt: Prompt, cache: KeyValueCache | None) -> torch.Tensor:
         """The model's own forward."""
         module, device = self.module, self.model._input_device(self.module)
-        ids, mask = prompt.ids.to(device), prompt.mask.to(device)
+        ids, mask = prompt.ids.to(device), prompt.attended.to(device)
         options: dict[str, Any] = {"use_cache": False} if self.model._takes_cache else {}
         if cache is not None:
             options = {"past_key_values": cache.for_forward(), "use_cache": True}
@@ -588,14 +605,20 @@ class HookedTransformer:
         slice: Slice | None,
     ) -> tuple[Any, dict[str, torch.Tensor]]:
         """A forward with hooks, caches, a start or a stop: a block of the model."""
-        inputs = {"input_ids": prompt.ids, "attention_mask": prompt.mask}
+        inputs = {"input_ids": prompt.ids, "attention_mask": prompt.attended}
         repeats = start is None and cache is None and not self._hooks.active()
-        key = (tuple(names), repr(slice), stop, torch.is_grad_enabled(), bool(prompt.mask.all()))
+        key = (
+            tuple(names),
+            repr(slice),
+            stop,
+            torch.is_grad_enabled(),
+            bool(prompt.attended.all()),
+        )
         if repeats and not self.model.lasting_edits():
             known = self._experiments.get(key)
             if known is not None and known[0] == prompt.ids.shape:
-                values = list(known[1](inputs))
-                return values[-1], {n: _shown(n, v) for n, v in zip(names, values, strict=False)}
+                *values, last = known[1](inputs)
+                return last, {n: _shown(n, v) for n, v in zip(known[2], values, strict=True)}
         options: dict[str, Any] = {"use_cache": False} if self.model._takes_cache else {}
         if cache is not None:
             options = {"past_key_values": cache.for_forward(), "use_cache": True}
@@ -629,9 +652,10 @@ class HookedTransformer:
             cache.add_mask(prompt.mask)
         if repeats and not self.model.lasting_edits():
             # The next forward of this form need not be recorded.
-            while len(self._experiments) >= _REMEMBERED:
-                self._experiments.pop(next(iter(self._experiments)))
-            self._experiments[key] = (prompt.ids.shape, tracer.compile())
+            with self.model._lock:
+                while len(self._experiments) >= _REMEMBERED:
+                    self._experiments.pop(next(iter(self._experiments)))
+                self._experiments[key] = (prompt.ids.shape, tracer.compile(), list(kept))
         return result.value, {name: _shown(name, box.value) for name, box in kept.items()}
 
     def _outside(self, name: str, start: int | None, stop: int | None) -> bool:
@@ -857,6 +881,11 @@ class HookedTransformer:
             found = {name: value.to(device) for name, value in found.items()}
         if not return_cache_object:
             if remove_batch_dim:
+                rows = {len(value) for value in found.values()} - {1}
+                if rows:
+                    raise InputError(
+                        f"remove_batch_dim is for one row, and the prompt has {max(rows)}"
+                    )
                 found = {name: value[0] for name, value in found.items()}
             return result, found
         cache = ActivationCache(found, self)
@@ -1016,6 +1045,10 @@ def _revision(name: str, index: int | None, value: Any) -> str:
                 steps = _pythia_steps() if "pythia" in start else None
                 if steps is None or index is None:
                     raise LoadError(f"give checkpoint_value, the step, for {name}")
+                if not -len(steps) <= index < len(steps):
+                    raise LoadError(
+                        f"checkpoint_index={index}: {name} has {len(steps)} checkpoints"
+                    )
                 value = steps[index]
             return f"{revision}{value}"
     raise LoadError(f"no checkpoints of the training of `{name}` are known")

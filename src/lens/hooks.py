@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..tracing.errors import InputError, UnavailableNameError
 
@@ -171,6 +172,8 @@ class Hooks:
 
 def call_forward(value: torch.Tensor, point: HookPoint, hooks: list[Hook]) -> torch.Tensor:
     """What the functions of a point make of a value. They may change it in place."""
+    if isinstance(value, FakeTensor):
+        return value  # a shape is asked for, and nothing runs: a function is called once a run
     value = value.clone()
     for one in hooks:
         result = one.function(value, hook=point)
@@ -183,7 +186,7 @@ def watch_gradient(
     value: torch.Tensor, functions: list[Callable[[torch.Tensor], Any]]
 ) -> torch.Tensor:
     """The same value, with its gradient going through functions, each of which may replace it."""
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or not value.is_floating_point():
         return value
     watched = value.clone() if value.requires_grad else value.detach().clone().requires_grad_()
     for function in functions:

@@ -127,13 +127,16 @@ class Tokenization:
         """Which of given ids are padding: runs of the padding token at the ends of a row.
 
         Where that token is also the first one of a text, the last one of a run in front is the text's
-        first. A row that is nothing but padding keeps all of it.
+        first. A row that is nothing but padding keeps all of it, and so does a single row where that
+        token also begins or ends texts: nothing says that it is padding there.
 
         Args:
             ids: [batch, pos].
         """
         mask = torch.ones_like(ids)
-        if self.tokenizer is None or self.pad is None or ids.shape[0] == 1:
+        if self.tokenizer is None or self.pad is None:
+            return mask
+        if ids.shape[0] == 1 and self.pad in (self.bos, self.tokenizer.eos_token_id):
             return mask
         same = ids == self.pad
         front = same.long().cumprod(1)
