@@ -314,6 +314,15 @@ def test_padding_of_ids_is_seen_on_both_sides_whatever_the_tokenizers_side(
         assert rules.mask_of(found.ids).tolist() == found.mask.tolist()
 
 
+def test_one_row_of_a_padded_batch_is_padded_where_nothing_else_can_be_meant() -> None:
+    for make in KINDS.values():
+        rules = Tokenization(make(), None)
+        found = rules.to_tokens(TEXTS, True, "left")
+        mask = rules.mask_of(found.ids[1:2])
+        own = rules.pad not in (rules.bos, rules.tokenizer.eos_token_id)
+        assert mask.tolist() == (found.mask[1:2] if own else torch.ones_like(mask)).tolist()
+
+
 def test_ids_without_padding_are_whole() -> None:
     rules = Tokenization(llama3_like(), None)
     ids = torch.tensor([[5, 2, 2, 6], [7, 8, 9, 10]])  # a padding token inside a row is a token
