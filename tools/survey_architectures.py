@@ -37,7 +37,8 @@ NAMES = (
     " mlp_pre mlp_post"
 ).split()
 
-#: Parts of the reasons why an architecture cannot have a name; then its absence does not count.
+#: Parts of the reasons why an architecture cannot have a name; then its absence does not count. The last
+#: two are for names that exist and whose promise does not fit.
 CANNOT = (
     "parallel here",
     "adds once",
@@ -126,12 +127,12 @@ def _only(gone: dict[str, Any], places: Any) -> dict[str, Any]:
     return {name: place for name, place in gone.items() if name in places}
 
 
-def lacks(result: dict[str, Any]) -> dict[str, str]:
+def lacks(result: dict[str, Any], cannot: tuple[str, ...] = CANNOT) -> dict[str, str]:
     """Names that the architecture could have and that do not hold, with the reason."""
     found: dict[str, str] = {}
     for reasons in result["kinds"]:
         for name, reason in reasons.items():
-            if not any(part in reason for part in CANNOT):
+            if not any(part in reason for part in cannot):
                 found.setdefault(name, reason)
     return found
 
@@ -145,8 +146,8 @@ transformers that is a stack of blocks. For {declared} of the {all} types of cau
 below, a file in `src/models/architectures` declares where each name is. For the others the library
 looks at one forward of the model, on values without numbers, and follows the residual stream through
 each kind of block; it says once that it did, and the first block that uses such a name checks it on
-the loaded weights and refuses it if it is wrong. A name that is not there says why: `print(
-model.layers[0].support())`.
+the loaded weights and refuses it if it is wrong. A name that is not there says why:
+`print(model.layers[0].support())`.
 
 This page is written by `tools/survey_architectures.py` with transformers {version}. Each type is built
 small, with random weights, and every name is checked against what it promises: its shape, the
@@ -158,8 +159,11 @@ not have. `model.verify_names()` does the same checks on any loaded model.
 
 **{full} of {all} types are verified in full**: every name holds that the architecture can have. Names
 that cannot be there do not count against a type: nothing lies between attention and MLP where they are
-parallel, a mixture of experts has no neurons that see all tokens, a recurrent block has no pattern, and
-a name by head has the one size of head that the model is said to have.
+parallel, a mixture of experts has no neurons that see all tokens, and a recurrent block has no pattern.
+{strict} of them have all the rest. In the other {limited}, more names are not there, as what they promise
+does not fit: a name by head has the one number and size of heads that is told for the whole model (latent
+attention has other sizes for queries and keys than for values), or the stream itself is scaled, so that
+what is added does not sum to it.
 
 In the table ● is verified in every layer, ◐ in some kinds of layers (in the others it is not there),
 and · is not there.
@@ -176,10 +180,14 @@ def page(results: list[dict[str, Any]]) -> str:
     import transformers
 
     good = [r for r in results if "error" not in r]
+    full = [r for r in good if not lacks(r)]
+    strict = [r for r in full if not lacks(r, CANNOT[:-2])]
     text = INTRODUCTION.format(
+        strict=len(strict),
+        limited=len(full) - len(strict),
         declared=len([r for r in good if not r["probed"]]),
         all=len(results),
-        full=len([r for r in good if not lacks(r)]),
+        full=len(full),
         version=transformers.__version__,
     )
     heads = ["type", "class", "", *(SHORT.get(name, name) for name in NAMES), "in full"]
@@ -191,8 +199,8 @@ def page(results: list[dict[str, Any]]) -> str:
             gone = len([reasons for reasons in kinds if name in reasons])
             marks.append("●" if not gone else "·" if gone == len(kinds) else "◐")
         how = "probed" if result["probed"] else "declared"
-        full = "" if lacks(result) else "yes"
-        rows.append([f"`{result['type']}`", result["class"], how, *marks, full])
+        whole = "" if lacks(result) else "yes"
+        rows.append([f"`{result['type']}`", result["class"], how, *marks, whole])
     lines = [text, *("| " + " | ".join(row) + " |" for row in rows), ""]
     lines += ["## What is missing, and why", ""]
     for result in good:
