@@ -37,8 +37,8 @@ NAMES = (
     " mlp_pre mlp_post"
 ).split()
 
-#: Parts of the reasons why an architecture cannot have a name; then its absence does not count. The last
-#: two are for names that exist and whose promise does not fit.
+#: Parts of the reasons why an architecture cannot have a name; then its absence does not count.
+#: The last two are for what is there, but is not what the name promises.
 CANNOT = (
     "parallel here",
     "adds once",
@@ -160,10 +160,10 @@ not have. `model.verify_names()` does the same checks on any loaded model.
 **{full} of {all} types are verified in full**: every name holds that the architecture can have. Names
 that cannot be there do not count against a type: nothing lies between attention and MLP where they are
 parallel, a mixture of experts has no neurons that see all tokens, and a recurrent block has no pattern.
-{strict} of them have all the rest. In the other {limited}, more names are not there, as what they promise
-does not fit: a name by head has the one number and size of heads that is told for the whole model (latent
-attention has other sizes for queries and keys than for values), or the stream itself is scaled, so that
-what is added does not sum to it.
+{strict} of them have all the rest. In the other {limited}, more names are not there, as what they
+promise does not fit: a name by head has the one number and size of heads that is told for the whole
+model (latent attention has other sizes for queries and keys than for values), or the stream itself is
+scaled, so that what is added does not sum to it.
 
 In the table ● is verified in every layer, ◐ in some kinds of layers (in the others it is not there),
 and · is not there.
