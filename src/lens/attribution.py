@@ -247,7 +247,9 @@ def edge_attribution_patch(
     gradient of the metric by what a receiver reads of the stream.
 
     Senders are heads, MLPs and embeddings; receivers the queries, keys and values of heads before their
-    norm, the MLPs before theirs, and the final stream. Summed over batch, positions and d_model.
+    norm, the MLPs before theirs, and the final stream. Summed over batch, positions and d_model. Where
+    a norm stands between attention and the stream (Gemma 2), what a head adds is behind it, by the
+    scale of each run.
 
     Args:
         model: a HookedTransformer.
@@ -259,8 +261,8 @@ def edge_attribution_patch(
     Raises:
         InputError: a metric without a gradient.
         ShapeError: prompts of two shapes.
-        UnavailableNameError: an architecture whose heads or MLPs add what is normalized first, or whose
-            layers are no sum of attention and MLP.
+        UnavailableNameError: an architecture without norms in front of attention (OLMo 2), without
+            attention, or whose stream is no sum (BERT).
 
     Source: Syed et al. 2023, Attribution Patching Outperforms Automated Circuit Discovery (EAP); Hanna
     et al. 2024, Have Faith in Faithfulness (EAP-IG).
@@ -269,7 +271,7 @@ def edge_attribution_patch(
         raise InputError(f"steps={steps}: there is 1 or more")
     runs = _Runs(model, clean, corrupted, metric)
     count = len(runs.names)
-    check_adds_up(model, range(count))
+    _check_edges(model)
     embeddings = ["embed", *(["pos_embed"] if "hook_pos_embed" in model._meant else [])]
 
     def senders() -> list[Any]:
@@ -280,7 +282,7 @@ def edge_attribution_patch(
         parts = [stream - positions[0] if positions else stream, *positions]
         found = [one.detach().unsqueeze(2) for one in parts]
         for i in range(count):
-            found.append(runs.read(i, "head_out").detach())
+            found.append(_added_by_heads(runs, i).detach())
             found.append(runs.read(i, "mlp_out").detach().unsqueeze(2))
         return found
 
@@ -308,16 +310,29 @@ def edge_attribution_patch(
     return _assembled(runs, embeddings, [one.value for one in scores])
 
 
-def check_adds_up(model: Any, layers: Sequence[int]) -> None:
-    """Refuse layers whose heads and MLPs do not add to the stream what they give."""
+def _check_edges(model: Any) -> None:
+    """Refuse layers that have no edges."""
     names = model._vocabulary
-    for i in layers:
-        block = names.architecture.block(i)
-        if block.post_norm or "ln1_post" in block.norms or "ln2_post" in block.norms:
+    for i in range(len(names)):
+        if names.architecture.block(i).post_norm:
             raise UnavailableNameError(
-                f"what attention and MLP of {names.kind} give is normalized before or after it is "
-                "added to the stream, so that edges between them are no sums."
+                f"the stream of {names.kind} is normalized behind each attention and MLP, so that it "
+                "is no sum of what senders add."
             )
+        for name in ("result", "q_input", "mlp_out"):
+            check_name(model, get_act_name(name, i))
+
+
+def _added_by_heads(runs: _Runs, layer: int) -> Any:
+    """What each head adds to the stream, [batch, pos, head, d_model]."""
+    found = runs.read(layer, "head_out")
+    norm = runs.names.architecture.block(layer).norms.get("ln1_post")
+    if norm is None:
+        return found
+    found = found - found.mean(-1, keepdim=True) if norm.kind == "LN" else found
+    found = found / runs.read(layer, "ln1_post_scale").unsqueeze(-1)
+    weights = runs.model.model.layers[layer]
+    return found * (weights["ln1_post.w"] + norm.offset) if "ln1_post.w" in weights else found
 
 
 def _order(runs: _Runs, embeddings: int) -> list[tuple[int, str]]:

@@ -436,6 +436,7 @@ def _direct_paths(
     if receiver_input not in ("q", "k", "v"):
         raise InputError(f'receiver_input is "q", "k" or "v", not {receiver_input!r}')
     cfg, layers = model.model.cfg, model.model.layers
+    check_name(model, get_act_name("z", 0))
     # Heads that share keys and values read them once.
     shared = cfg.n_heads // (cfg.n_heads if receiver_input == "q" else cfg.n_kv_heads)
     tokens = ids_of(model, corrupted_tokens)

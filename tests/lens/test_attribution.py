@@ -19,7 +19,7 @@ from graftwork.lens.hooked_transformer import HookedTransformer
 from graftwork.lens.path_patching import path_patch
 from graftwork.tracing.errors import InputError, ShapeError, UnavailableNameError
 
-from ..models.conftest import build, random_prompts, word_tokenizer
+from ..models.conftest import CAUSAL, build, random_prompts, word_tokenizer
 from .test_patching import Plain
 
 LAYERS, HEADS, POSITIONS = 3, 4, 5
@@ -100,6 +100,7 @@ NODES: dict[str, tuple[str, list[tuple[Any, ...]]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_of_nodes_are_slopes(name: str) -> None:
     names = [one for one in NODES if (name, one) != ("gpt_neox", "resid_mid")]
@@ -147,6 +148,7 @@ def linear() -> Any:
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 3])
 def test_in_a_linear_model_attribution_is_patching(steps: int) -> None:
     model = HookedTransformer(LanguageModel(linear(), word_tokenizer()))
@@ -343,6 +345,7 @@ EDGES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_of_edges_are_slopes(name: str) -> None:
     found = edge_attribution_patch(lens(name), *prompts(), metric)
@@ -398,9 +401,29 @@ def test_edges_run_forward_only() -> None:
         found["embed", "L9MLP"]
 
 
-def test_edges_need_outputs_that_add_up() -> None:
-    with pytest.raises(UnavailableNameError, match="normalized"):
-        edge_attribution_patch(lens("gemma2"), *prompts(), metric)
+def test_models_without_edges() -> None:
+    for name, reason in (("olmo2", "no norm before attention"), ("mamba", "no attention")):
+        model = HookedTransformer(LanguageModel(build(name)))
+        with pytest.raises(UnavailableNameError, match=reason):
+            edge_attribution_patch(model, *prompts(), metric)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [one for one in CAUSAL if one not in ("olmo2", "mamba")])
+def test_edges_sum_to_the_attribution_of_the_stream(name: str) -> None:
+    """What all senders add is the stream; its gradient is that of all its readers."""
+    model = HookedTransformer(LanguageModel(build(name)))
+    found = edge_attribution_patch(model, *prompts(), metric)
+    nodes = attribution_patch(model, *prompts(), metric, ["resid_pre", "resid_post"])
+    last = len(model._vocabulary) - 1
+    end = found.scores[:, found.receivers.index("logits")].sum()
+    torch.testing.assert_close(end, nodes["resid_post"][last].sum(), atol=1e-4, rtol=1e-4)
+    senders = [i for i, one in enumerate(found.senders) if not one.startswith(f"L{last}")]
+    readers = [
+        i for i, one in enumerate(found.receivers) if one.startswith(f"L{last}") or one == "logits"
+    ]
+    total = found.scores[senders][:, readers].sum()
+    torch.testing.assert_close(total, nodes["resid_pre"][last].sum(), atol=1e-4, rtol=1e-4)
 
 
 # -------------------------------------------------------------------- paths
