@@ -400,6 +400,7 @@ def sample_logits(
     temperature: float = 1.0,
     freq_penalty: float = 0.0,
     tokens: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """A next token for each row, drawn in float32 from the softmax of the logits.
 
@@ -413,6 +414,7 @@ def sample_logits(
         temperature: 0 takes the most likely token, without penalty.
         freq_penalty: subtracted from a logit for each time that its token stands in `tokens`.
         tokens: [batch, pos], or [pos]: all tokens so far, of the prompt too.
+        attention_mask: as tokens, 0 for padding, which is not counted; default nothing is.
 
     Returns:
         Token ids, [batch], or a number.
@@ -434,7 +436,8 @@ def sample_logits(
             raise InputError("A frequency penalty needs the tokens so far: give `tokens`.")
         counts = torch.zeros_like(logits)
         index = tokens.long().to(logits.device)
-        counts.scatter_add_(-1, index, logits.new_ones(()).expand(index.shape))
+        seen = torch.ones_like(index) if attention_mask is None else attention_mask
+        counts.scatter_add_(-1, index, seen.to(counts))
         logits = logits - freq_penalty * counts
     if top_k is not None:
         logits = _keep_top_k(logits, top_k)

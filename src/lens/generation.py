@@ -129,7 +129,8 @@ class Generation:
                     top_p=options["top_p"],
                     temperature=options["temperature"],
                     freq_penalty=options["freq_penalty"],
-                    tokens=self.ids if self.ids.shape[1] else None,
+                    tokens=self.ids,
+                    attention_mask=self._own_mask(),
                 )
             else:
                 token = logits.argmax(-1)
@@ -197,7 +198,12 @@ class Generation:
             return self.ids
         if kind == "embeds":
             return self.lens.module.get_input_embeddings()(self.ids)
-        return self._texts(self.ids, self.mask)
+        return self._texts(self.ids, self._own_mask())
+
+    def _own_mask(self) -> torch.Tensor:
+        """The mask of `ids`, which embeddings in front of them have no part in."""
+        found: torch.Tensor = self.mask[:, self.mask.shape[1] - self.ids.shape[1] :]
+        return found
 
     def _texts(self, ids: torch.Tensor, mask: torch.Tensor) -> Any:
         """The text of each row without its padding and its first token of text."""
@@ -227,18 +233,21 @@ class Generation:
         as_text = self.text and self.o["return_type"] in ("input", "str")
         for count, _ in enumerate(self._steps(new), 1):
             if count % size == 0:
-                part, before, shown = self._part(as_text, before, shown)
+                part, before, shown = self._part(as_text, before, shown, False)
                 yield part
-        if count % size or count == 0:
-            part, before, shown = self._part(as_text, before, shown)
-            if len(part) or count == 0:
-                yield part
+        part, _, _ = self._part(as_text, before, shown, True)
+        if count == 0 or (any(part) if as_text else part.shape[1]):
+            yield part
 
-    def _part(self, as_text: bool, before: int, shown: list[str]) -> tuple[Any, int, list[str]]:
+    def _part(
+        self, as_text: bool, before: int, shown: list[str], last: bool
+    ) -> tuple[Any, int, list[str]]:
         if not as_text:
             return self.ids[:, before:], self.ids.shape[1], shown
         texts = self._texts(self.ids, self.mask)
         rows = texts if isinstance(texts, list) else [texts]
+        if not last:  # a token may be a part of a letter: its text is known with the others
+            rows = [row.rstrip("\N{REPLACEMENT CHARACTER}") for row in rows]
         old = shown or [""] * len(rows)
         parts = [new[len(was) :] for new, was in zip(rows, old, strict=True)]
         return (parts if isinstance(texts, list) else parts[0]), before, rows
