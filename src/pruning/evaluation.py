@@ -14,6 +14,7 @@ from ..models import LanguageModel
 from ..tracing.proxy import apply
 from .data import TokenBatch
 from .errors import PruningError
+from .statistics import forward_options
 
 #: Share of the tokens that a masked language model has to find, and what stands in their place:
 #: the mask, another token, or (the rest) themselves. Source: Devlin et al., "BERT", 2018, section 3.1.
@@ -126,7 +127,8 @@ class Evaluator:
         if rows in self._experiments:
             measures = self._experiments[rows](inputs)[0]
         else:
-            with self._model.trace(inputs, plan={"progress": False}) as tracer:
+            options = forward_options(self._model)
+            with self._model.trace(inputs, plan={"progress": False}, **options) as tracer:
                 saved = apply(self._measure, self._model.logits).save()
             self._experiments[rows] = tracer.compile()
             measures = saved.value

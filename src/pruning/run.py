@@ -35,7 +35,7 @@ def run_pruning(config: PruningConfig) -> tuple[LanguageModel, History]:
     on after its last whole step, and gives what it would have given. More steps can be asked for later.
 
     Args:
-        config: what to do. A `LanguageModel` given in it is changed in place, by edits; a model named
+        config: what to do. A `LanguageModel` given in it is changed in place, by its hooks; a model named
             in it is loaded for this run.
 
     Returns:

@@ -2,12 +2,15 @@
 on the data.
 
 A block reads `mlp_post` and `z` of each layer and keeps six numbers a neuron, which one function
-computes there; the same recorded block runs for each batch. Everything is computed in float64.
+computes there; the same recorded block runs for each batch. Everything is computed in float64, but for
+the square root of an activation of less precision: it is taken in float32 (a relative error of at most
+6e-8, as that of the activation itself, at a quarter of the time) and summed in float64.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,7 +23,7 @@ from .data import TokenBatch
 from .errors import PruningError
 
 #: Numbers that are summarized at once, so that what is computed from them stays in the cache.
-_CHUNK = 65536
+_CHUNK = 131072
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,37 +139,93 @@ class Statistics:
         return first, Statistics(self.count, *(row[..., width:] for row in rows))
 
 
-def summary(values: torch.Tensor) -> torch.Tensor:
-    """The six rows of `Statistics` of values [token, neuron], float64 [6, neuron].
+class Summarizer:
+    """Computes `summary` with buffers that stay.
 
-    Values are taken in chunks: what is computed of them in float64 is as large as the chunk.
+    Memory that is fresh for each operation costs more than the operation, so the buffers are kept for
+    each width, device and type.
     """
-    if values.device.type == "mps":  # which has no float64
-        values = values.cpu()
-    tokens, width = values.shape
-    if not tokens:
-        return values.new_zeros(6, width, dtype=torch.float64)
-    size = max(1, min(tokens, _CHUNK // max(1, width)))
-    parts, counts = [], []
-    for chunk in torch.split(values, size):
-        exact = chunk.to(torch.float64)
-        ones = exact.new_ones(len(chunk))
-        positive = ones @ exact.clamp(min=0)
-        negative = ones @ exact.clamp(max=0)
-        active = ones @ exact.gt(0).to(torch.float64)
-        mean = (positive + negative) / len(chunk)
-        squares = ones @ (exact - mean).square_()
-        roots = ones @ exact.abs_().sqrt_() if exact is not chunk else ones @ exact.abs().sqrt_()
-        parts.append(torch.stack([mean, squares, roots, positive, negative, active]))
-        counts.append(len(chunk))
-    if len(parts) == 1:
-        return parts[0]
-    every = torch.stack(parts)  # [chunk, 6, neuron]
-    weights = every.new_tensor(counts)[:, None]
-    whole = every.sum(0)
-    whole[0] = (every[:, 0] * weights).sum(0) / tokens
-    whole[1] += ((every[:, 0] - whole[0]).square() * weights).sum(0)
-    return whole
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[int, torch.device, torch.dtype], tuple[torch.Tensor, ...]] = {}
+
+    def __call__(self, values: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """The six rows of `Statistics` of values [token, neuron], float64 [6, neuron].
+
+        Args:
+            rows: which tokens count, by index; None: all.
+        """
+        if values.device.type == "mps":  # which has no float64
+            values = values.cpu()
+        width = values.shape[1]
+        tokens = len(values) if rows is None else len(rows)
+        found = values.new_zeros(6, width, dtype=torch.float64)
+        if not tokens or not width:
+            return found
+        buffers = self._buffers(values)
+        parts: list[torch.Tensor] = []
+        counts: list[int] = []
+        size = len(buffers[0])
+        for chunk in torch.split(values if rows is None else rows.to(values.device), size):
+            room = [buffer[: len(chunk)] for buffer in buffers]
+            given = chunk if rows is None else torch.index_select(values, 0, chunk, out=room.pop())
+            parts.append(_chunk(given, *room[:5]))
+            counts.append(len(chunk))
+        if len(parts) == 1:
+            return parts[0]
+        every = torch.stack(parts)  # [chunk, 6, neuron]
+        weights = every.new_tensor(counts)[:, None]
+        torch.sum(every, 0, out=found)
+        found[0] = (every[:, 0] * weights).sum(0) / tokens
+        found[1] += ((every[:, 0] - found[0]).square() * weights).sum(0)
+        return found
+
+    def _buffers(self, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """For a chunk of [token, neuron]: two of float64 and one of float32, ones of both, and one of
+        the values' own type."""
+        key = values.shape[1], values.device, values.dtype
+        found = self._kept.get(key)
+        if found is None:
+            limit = _CHUNK if values.device.type == "cpu" else 64 * _CHUNK
+            rows = max(32, limit // values.shape[1])
+            exact = values.new_empty(rows, values.shape[1], dtype=torch.float64)
+            plain = values.new_empty(rows, values.shape[1], dtype=torch.float32)
+            one = values.new_ones(rows, dtype=torch.float64)
+            own = torch.empty_like(exact, dtype=values.dtype)
+            found = exact, torch.empty_like(exact), plain, one, one.float(), own
+            if type(values) is torch.Tensor:  # and no stand-in by which shapes are measured
+                self._kept[key] = found
+        return found
+
+
+def _chunk(
+    values: torch.Tensor,
+    exact: torch.Tensor,
+    other: torch.Tensor,
+    plain: torch.Tensor,
+    one: torch.Tensor,
+    plain_one: torch.Tensor,
+) -> torch.Tensor:
+    """The six rows of values [token, neuron]; sums over tokens are products with ones."""
+    exact.copy_(values)
+    total = one @ exact
+    mean = total / len(values)
+    torch.sub(exact, mean, out=other)
+    squares = one @ other.square_()
+    torch.gt(values, 0, out=plain)
+    active = (plain_one @ plain).double()
+    # Of a neuron with one sign the two sums are the same bits, so the other mass is exactly 0.
+    mass = one @ exact.abs_()
+    if values.dtype == torch.float64:
+        roots = one @ exact.sqrt_()
+    else:
+        roots = one @ exact.copy_(plain.copy_(values).abs_().sqrt_())
+    return torch.stack([mean, squares, roots, (mass + total) / 2, (total - mass) / 2, active])
+
+
+def summary(values: torch.Tensor) -> torch.Tensor:
+    """The six rows of `Statistics` of values [token, neuron], float64 [6, neuron]."""
+    return Summarizer()(values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,6 +249,12 @@ def _merged(one: Statistics | None, other: Statistics | None) -> Statistics | No
     return one.merge(other) if one is not None and other is not None else None
 
 
+def forward_options(model: LanguageModel) -> dict[str, Any]:
+    """What a forward over whole texts is told: to keep no cache, where it would keep one."""
+    takes = "use_cache" in inspect.signature(model.module_tree().forward).parameters
+    return {"use_cache": False} if takes else {}
+
+
 class Collector:
     """Statistics of a model, batch by batch.
 
@@ -206,6 +271,7 @@ class Collector:
         self._real: torch.Tensor | None = None
         # One recorded block for each number of rows.
         self._experiments: dict[int, Any] = {}
+        self._summarize = Summarizer()
         self._found: Statistics | None = None
 
     def add(self, batch: TokenBatch) -> None:
@@ -220,7 +286,8 @@ class Collector:
         self._found = new if self._found is None else self._found.merge(new)
 
     def _record(self, batch: TokenBatch) -> list[torch.Tensor]:
-        with self._model.trace(batch.inputs(), plan={"progress": False}) as tracer:
+        options = forward_options(self._model)
+        with self._model.trace(batch.inputs(), plan={"progress": False}, **options) as tracer:
             saved = []
             for layer in self._model.layers:
                 read = [layer.mlp_post] if self._mlp else []
@@ -235,9 +302,7 @@ class Collector:
         found = []
         for activation in activations:
             values = activation.flatten(0, 1).flatten(1)
-            if self._real is not None:
-                values = values[self._real.to(values.device)]
-            found.append(summary(values))
+            found.append(self._summarize(values, self._real))
         return torch.cat(found, 1) if len(found) > 1 else found[0]
 
     def result(self) -> Collected:
