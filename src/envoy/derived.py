@@ -53,7 +53,8 @@ def _state(name: str, function: Callable[..., tuple[Any, ...]]) -> Operation:
 def _part(
     state: Operation, name: str, index: int, put: Callable[[Any, Any], tuple[Any, ...]]
 ) -> Derivation:
-    return Derivation(state, Operation(name, lambda state: state[index], VIEW, inverse=put))
+    part = Operation(name, lambda state: state[index], VIEW, inverse=put, computed=True)
+    return Derivation(state, part)
 
 
 def _replaced(whole: Any, new: Any, old: Any, made: Callable[[Any], Any]) -> Any:

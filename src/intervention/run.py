@@ -35,6 +35,7 @@ from ..tracing.operations import (
     FIRST_ARGUMENT,
     GUARDED,
     IN_PLACE,
+    KEPT,
     PUT,
     SELECT,
     SKIPPED,
@@ -693,7 +694,7 @@ class Run:
         def alias(leaf: Any) -> Any:
             if not isinstance(leaf, torch.Tensor) or not leaf.is_floating_point():
                 return leaf
-            if leaf.requires_grad and node.kind != READ:
+            if leaf.requires_grad and node.kind != READ and node.target is not KEPT:
                 return leaf
             with torch.enable_grad():
                 anchor = None if leaf.requires_grad else torch.zeros((), requires_grad=True)

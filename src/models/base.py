@@ -74,7 +74,7 @@ logger = logging.getLogger("graftwork")
 _MANY = 1 << 32
 #: Unified names of the model itself. A submodule of that name is meant first.
 _UNIFIED = frozenset(
-    "layers embed pos_embed ln_final ln_final_in ln_final_scale ln_final_normalized logits unembed_in "
+    "layers embed pos_embed ln_final ln_final_in ln_final_out ln_final_scale ln_final_normalized logits unembed_in "
     "unembed_out".split()
 )
 
@@ -404,8 +404,7 @@ class Model(Envoy):
         """A weight or module by unified name, `model["embed.W_E"]`; else as for any module."""
         tree = self.module_tree()
         if isinstance(index, str) and index not in tree._modules:
-            config = getattr(tree, "config", None)
-            if config is not None and stacks_of(config) is not None:
+            if hasattr(getattr(tree, "config", None), "model_type"):
                 return self._model_names().find(index)
         return super().__getitem__(index)
 

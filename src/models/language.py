@@ -417,7 +417,12 @@ class LanguageModel(Model):
     def unembedding_path(self) -> str | None:
         if self._head is None and self._keeps_logits:
             head = self.module_tree().get_output_embeddings()  # type: ignore[operator]
-            paths = [name for name, child in self.module_tree().named_modules() if child is head]
+            several = isinstance(head, torch.nn.ModuleList)  # musicgen has one for each codebook
+            paths = [
+                name
+                for name, child in self.module_tree().named_modules()
+                if child is head and not several
+            ]
             self._head = paths[0] if paths else None
         return self._head
 

@@ -47,9 +47,10 @@ class Operation:
             are put back by taking the same view of a copy.
         copies: a view that torch replaces by a copy where it has to, as `reshape` does.
             Which it is, the value tells.
+        computed: what it shows is computed, so its gradient is no view of the whole's.
     """
 
-    __slots__ = ("copies", "effect", "fresh", "function", "inverse", "name")
+    __slots__ = ("computed", "copies", "effect", "fresh", "function", "inverse", "name")
 
     def __init__(
         self,
@@ -59,7 +60,9 @@ class Operation:
         fresh: bool = False,
         inverse: Callable[..., Any] | None = None,
         copies: bool = False,
+        computed: bool = False,
     ) -> None:
+        self.computed = computed
         self.name = name
         self.function = function
         self.effect = effect

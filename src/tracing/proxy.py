@@ -47,6 +47,7 @@ from .operations import (
     GETITEM,
     GRAD,
     IN_PLACE,
+    KEPT,
     METHODS,
     OPERATORS,
     POSITIONS,
@@ -723,7 +724,18 @@ def _gradient(proxy: Proxy) -> Any:
     while chain[-1]._parent is not None and not _is_cut_off(chain[-1]):
         chain.append(chain[-1]._parent)
     root = chain[-1]
-    top = next((i for i in reversed(range(len(chain))) if _is_tensor(chain[i])), None)
+    computed = next((i for i, one in enumerate(chain) if one._view and one._view[0].computed), None)
+    if computed is not None:
+        # The forward goes on from what it is computed of: put back, it goes through it.
+        owner = chain[computed]
+        node = _current(owner)
+        if node.index not in graph.traced:
+            alias = graph.append(CALL, KEPT, (node,), None, recording.invoke)
+            graph.traced.add(alias.index)
+            _assign(owner, alias)
+        top: int | None = computed
+    else:
+        top = next((i for i in reversed(range(len(chain))) if _is_tensor(chain[i])), None)
     if top is None:
         raise OperationError(
             f"`{proxy._node.describe().strip('`')}.grad`: only a floating point tensor has a gradient, "
@@ -734,7 +746,8 @@ def _gradient(proxy: Proxy) -> Any:
     if number is None:
         number = _last_backward(graph, recording.invoke, node.invoke)
     point = grad_point(node, number)
-    _put_on_path(root, node)
+    if computed is None:
+        _put_on_path(root, node)
     where: Any = (node.invoke, point)
     found = recording.current.get(where)
     if found is None:

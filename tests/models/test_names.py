@@ -1412,9 +1412,6 @@ def test_half_precision(name: str, zoo: Zoo) -> None:
     assert error < 0.06, error
 
 
-@pytest.mark.xfail(
-    reason="a gradient of a view is that view of the whole's, which is no gradient here"
-)
 def test_gradients_of_computed_names(zoo: Zoo) -> None:
     model, weight = zoo.model("gpt2"), zoo("gpt2").transformer.h[1].ln_1.weight
     with model.trace(IDS) as tracer:
