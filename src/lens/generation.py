@@ -116,7 +116,7 @@ class Generation:
     def _steps(self, new: int) -> Iterator[torch.Tensor]:
         """The ids of each new token, [batch]."""
         lens, options = self.lens, self.o
-        cache = KeyValueCache() if options["use_past_kv_cache"] else None
+        cache = KeyValueCache() if options["use_past_kv_cache"] and lens.keeps_keys else None
         finished = torch.zeros(self.mask.shape[0], dtype=torch.bool, device=self.mask.device)
         for step in range(new):
             logits = self._next_logits(step, cache)

@@ -18,6 +18,7 @@ import torch
 
 from ..envoy.names import write_name
 from ..envoy.spellings import lens_names
+from ..models.base import accepts
 from ..models.factored_matrix import FactoredMatrix
 from ..models.language import LanguageModel
 from ..models.loading import folder_of
@@ -286,6 +287,11 @@ class HookedTransformer:
         )
 
     @property
+    def keeps_keys(self) -> bool:
+        """Whether a forward takes keys and values of earlier tokens; models of states do not."""
+        return accepts(self.model.module_tree().forward, "past_key_values")
+
+    @property
     def device(self) -> torch.device:
         return self.model.device
 
@@ -306,6 +312,22 @@ class HookedTransformer:
 
     def mps(self) -> HookedTransformer:
         return self.to("mps")
+
+    def float(self) -> HookedTransformer:
+        return self.to(torch.float32)
+
+    def double(self) -> HookedTransformer:
+        return self.to(torch.float64)
+
+    def half(self) -> HookedTransformer:
+        return self.to(torch.float16)
+
+    def bfloat16(self) -> HookedTransformer:
+        return self.to(torch.bfloat16)
+
+    def requires_grad_(self, requires_grad: bool = True) -> HookedTransformer:
+        self.module.requires_grad_(requires_grad)
+        return self
 
     def train(self, mode: bool = True) -> HookedTransformer:
         self.module.train(mode)
@@ -537,6 +559,10 @@ class HookedTransformer:
             )
         if shortformer_pos_embed is not None:
             raise InputError("shortformer_pos_embed: no model of transformers has such positions")
+        if past_kv_cache is not None and not self.keeps_keys:
+            raise InputError(
+                f"past_kv_cache: {self._vocabulary.kind} keeps no keys and values, but a state"
+            )
         prompt = self._prompt(
             input,
             prepend_bos,
@@ -1134,6 +1160,18 @@ class Nested:
         if found._exists():
             return found
         raise UnavailableNameError.unknown(path, self._lens._vocabulary.kind, self._names())
+
+    def __call__(self, value: torch.Tensor) -> Any:
+        """What the part computes: `embed` of ids, `ln_final`, `unembed` or a block of activations."""
+        lens, (first, _, index) = self._lens, self._path.partition(".")
+        if self._path in ("embed", "ln_final", "unembed"):
+            return lens._vocabulary.find(self._path)(value)
+        if first == "blocks" and index.isdigit():
+            return lens.forward(value, start_at_layer=int(index), stop_at_layer=int(index) + 1)
+        raise InputError(
+            f"`{self._path}` cannot be called: `embed`, `ln_final`, `unembed` and blocks can. What it "
+            "computes in a forward is in the cache, and its module in `model.module`."
+        )
 
     def __setattr__(self, name: str, value: Any) -> None:
         weights, own = self._weights(name)
