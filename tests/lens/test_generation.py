@@ -16,6 +16,7 @@ import torch
 import transformers
 from tokenizers import decoders, models, pre_tokenizers
 
+from graftwork.lens.cache import KeyValueCache
 from graftwork.lens.hooked_transformer import HookedTransformer
 from graftwork.tracing.errors import InputError
 
@@ -111,6 +112,14 @@ def test_greedy_by_temperature_zero(name: str) -> None:
     for options in ({"temperature": 0.0}, {"temperature": 0, "freq_penalty": 5.0}, {"top_k": 1}):
         found = model.generate(ids, 4, stop_at_eos=False, verbose=False, **options)
         assert torch.equal(found, expected)
+
+
+@pytest.mark.filterwarnings("ignore")  # of kernels that are not installed
+def test_models_of_states_generate_without_a_cache_of_keys() -> None:
+    model, ids = lens("mamba"), ids_of()
+    assert torch.equal(model.generate(ids, 4, **GREEDY), by_hand(model.module, ids, 4))
+    with pytest.raises(InputError, match="state"):
+        model(ids, past_kv_cache=KeyValueCache.init_cache())
 
 
 def test_no_new_tokens_is_the_prompt() -> None:

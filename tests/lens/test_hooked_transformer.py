@@ -1748,8 +1748,35 @@ def test_the_model_moves_with_its_configuration() -> None:
     assert model.to(torch.float64) is model and model.cfg.dtype == torch.float64
     assert model(ids_of()).dtype == torch.float64
     assert model.to("cpu").cfg.device == "cpu" == model.cpu().cfg.device
+    for method, dtype in (
+        (model.float, torch.float32),
+        (model.half, torch.float16),
+        (model.bfloat16, torch.bfloat16),
+        (model.double, torch.float64),
+    ):
+        assert method() is model and model.cfg.dtype == model.W_E.dtype == dtype
+    assert model.requires_grad_(False) is model
+    assert not any(parameter.requires_grad for parameter in model.parameters())
     assert model.eval() is model and model.train() is model and model.module.training
     assert "HookedTransformer" in repr(model)
+
+
+def test_parts_of_the_model_can_be_called(name: str) -> None:
+    """The logit lens of many notebooks: `model.unembed(model.ln_final(resid))`."""
+    model, ids = lens(name), ids_of()
+    module = model.module
+    seen = TINY.run_plainly(module, input_ids=ids, use_cache=False)
+    paths = blocks(name, module)
+    resid = TINY.tensors(seen[paths[2], "output"])[0]
+    head = next(path for path in ("lm_head", "embed_out") if (path, "output") in seen)
+    close(model.unembed(model.ln_final(resid)), seen[head, "output"])
+    if name != "gpt2":  # which adds positions
+        close(model.embed(ids), TINY.tensors(seen[paths[0], "input"])[0])
+    for index, path in enumerate(paths):
+        found = model.blocks[index](TINY.tensors(seen[path, "input"])[0])
+        close(found, TINY.tensors(seen[path, "output"])[0])
+    with pytest.raises(InputError, match="cannot be called"):
+        model.blocks[0].attn(resid)
 
 
 def test_lost_and_unknown_options_are_named(caplog: pytest.LogCaptureFixture) -> None:
