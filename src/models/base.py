@@ -74,8 +74,8 @@ logger = logging.getLogger("graftwork")
 _MANY = 1 << 32
 #: Unified names of the model itself. A submodule of that name is meant first.
 _UNIFIED = frozenset(
-    "layers embed pos_embed ln_final ln_final_in ln_final_out ln_final_scale ln_final_normalized logits unembed_in "
-    "unembed_out".split()
+    "layers embed pos_embed ln_final ln_final_in ln_final_out ln_final_scale ln_final_normalized "
+    "logits unembed_in unembed_out".split()
 )
 
 
@@ -403,9 +403,9 @@ class Model(Envoy):
     def __getitem__(self, index: Any) -> Any:
         """A weight or module by unified name, `model["embed.W_E"]`; else as for any module."""
         tree = self.module_tree()
-        if isinstance(index, str) and index not in tree._modules:
-            if hasattr(getattr(tree, "config", None), "model_type"):
-                return self._model_names().find(index)
+        known = hasattr(getattr(tree, "config", None), "model_type")
+        if known and isinstance(index, str) and index not in tree._modules:
+            return self._model_names().find(index)
         return super().__getitem__(index)
 
     def __setitem__(self, name: str, value: Any) -> None:
