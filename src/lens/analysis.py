@@ -16,7 +16,7 @@ import torch
 from ..envoy.names import write_name
 from ..tracing.errors import InputError
 from .activation_cache import AnySlice, Tokens
-from .patching import prompt_of
+from .patching import prompt_of, record_hooks
 
 # -------------------------------------------------------------------- answers of a prompt
 
@@ -123,6 +123,7 @@ def test_prompt(
         for ending in endings:
             ids = torch.cat([start, ending], 1)
             with tracer.invoke(input_ids=ids, attention_mask=torch.ones_like(ids)):
+                record_hooks(model)
                 boxes.append(tracer.output.logits[0, length - 1 : ids.shape[1] - 1].save())
     found = [
         _rated(model, ending[0], box.value.float(), top_k)
@@ -253,9 +254,11 @@ def logit_lens(
     given, names, boxes = prompt_of(model, prompt), model._vocabulary, []
     with torch.no_grad(), model.model.trace() as tracer:
         with tracer.invoke(**given):
+            record_hooks(model)
             streams = [names.read(i, name) if name else None for i, name, _ in places]
         for stream in streams:
             with tracer.invoke(**given):
+                record_hooks(model)
                 if stream is not None:
                     write_name(model.model, names, count - 1, "resid_post", stream)
                 boxes.append(tracer.output.logits.save())

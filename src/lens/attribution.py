@@ -17,7 +17,7 @@ from ..envoy.names import write_name
 from ..tracing.errors import InputError, ShapeError, UnavailableNameError
 from ..tracing.proxy import apply
 from .names import get_act_name
-from .patching import Metric, can_record, check_name, prompt_of
+from .patching import Metric, can_record, check_name, prompt_of, record_hooks
 
 #: Runs of one block whose gradients are kept at once, where gradients are integrated.
 RUNS = 256
@@ -151,8 +151,10 @@ def _by_gradient(runs: _Runs, nodes: Sequence[_Node]) -> dict[tuple[str, int], A
     """Gradients at the corrupted run: one batch of two prompts, and one backward."""
     with torch.enable_grad(), runs.model.model.trace() as tracer:
         with tracer.invoke(**runs.clean):
+            record_hooks(runs.model)
             clean = {key: runs.read(layer, own).detach() for key, layer, own in nodes}
         with tracer.invoke(**runs.corrupted):
+            record_hooks(runs.model)
             corrupted = {key: runs.apart(layer, own) for key, layer, own in nodes}
             gradients = gradients_of(runs.metric(tracer), list(corrupted.values()))
             found = {
@@ -172,6 +174,7 @@ def _integrated(runs: _Runs, nodes: Sequence[_Node], steps: int) -> dict[tuple[s
         ends = []
         for prompt in (runs.clean, runs.corrupted):
             with tracer.invoke(**prompt):
+                record_hooks(runs.model)
                 ends.append({key: runs.read(layer, own).detach() for key, layer, own in nodes})
         clean, corrupted = ends
         points: dict[tuple[str, int], list[Any]] = {key: [] for key, *_ in nodes}
@@ -180,6 +183,7 @@ def _integrated(runs: _Runs, nodes: Sequence[_Node], steps: int) -> dict[tuple[s
         for number, (key, layer, own) in enumerate(nodes):
             for step in range(steps):
                 with tracer.invoke(**runs.corrupted):
+                    record_hooks(runs.model)
                     part = (step + 0.5) / steps
                     point = (corrupted[key] * (1 - part) + clean[key] * part).detach()
                     points[key].append(point)
@@ -289,14 +293,17 @@ def edge_attribution_patch(
     scores: list[Any] = []
     with torch.enable_grad(), model.model.trace() as tracer:
         with tracer.invoke(**runs.clean):
+            record_hooks(model)
             theirs, start = senders(), runs.read(0, "resid_pre").detach()
         with tracer.invoke(**runs.corrupted):
+            record_hooks(model)
             own, from_ = senders(), runs.read(0, "resid_pre").detach()
         changes = [apply(_change, *pair) for pair in zip(theirs, own, strict=True)]
         total: Any = 0
         read: list[list[Any]] = []
         for step in range(steps):
             with tracer.invoke(**runs.corrupted):
+                record_hooks(model)
                 if steps > 1:
                     part = (step + 1) / steps
                     runs.write(0, "resid_pre", from_ * (1 - part) + start * part)

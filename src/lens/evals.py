@@ -10,6 +10,7 @@ import torch
 
 from ..tracing.errors import InputError
 from .functions import lm_cross_entropy_loss
+from .patching import record_hooks
 
 TEMPLATES = (
     "When [A] and [B] went to the [LOCATION], [B] gave a [OBJECT] to [A]",
@@ -173,6 +174,7 @@ def ioi_eval(
             positions, right, wrong = torch.tensor([_asked(row) for row in rows]).T
             each = torch.arange(len(rows))
             with tracer.invoke(input_ids=ids, attention_mask=mask):
+                record_hooks(model)
                 logits = tracer.output.logits[each, positions]
                 boxes.append((logits[each, right] - logits[each, wrong]).save())
     differences = torch.cat([box.value.float().cpu() for box in boxes])

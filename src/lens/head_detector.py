@@ -19,6 +19,7 @@ from .functions import (
     is_lower_triangular,
 )
 from .names import get_act_name
+from .patching import record_hooks
 from .tokens import is_text
 
 #: (layer, head) of each; or heads by layer.
@@ -86,6 +87,7 @@ def detect_head(
         with torch.no_grad(), model.model.trace() as tracer:
             for ids, pattern in zip(prompts, patterns, strict=True):
                 with tracer.invoke(input_ids=ids, attention_mask=torch.ones_like(ids)):
+                    record_hooks(model)
                     found.append(
                         {
                             layer: apply(

@@ -132,7 +132,8 @@ def generic_activation_patch(
         InputError: neither axes nor a table, or both; a metric that gives several numbers.
         UnavailableNameError: the cache has no such value, or the model no such place.
     """
-    tokens = ids_of(model, corrupted_tokens)
+    prompt = prompt_of(model, corrupted_tokens)
+    tokens = prompt["input_ids"]
     if (index_df is None) == (index_axis_names is None):
         raise InputError("give index_axis_names or index_df, one of them")
     shape: list[int] | None = None
@@ -141,7 +142,7 @@ def generic_activation_patch(
         cells = list(itertools.product(*(range(size) for size in shape)))
     else:
         cells = [tuple(int(i) for i in row) for row in _rows(index_df)]
-    given = (model, tokens, clean_cache, patching_metric, patch_setter, activation_name)
+    given = (model, prompt, clean_cache, patching_metric, patch_setter, activation_name)
     blocks = [cells[start : start + BLOCK] for start in range(0, len(cells), BLOCK)]
     found = torch.cat([_run_cells(*given, block) for block in blocks] or [torch.zeros(0)])
     result = found if shape is None else found.reshape(shape)
@@ -153,21 +154,15 @@ def generic_activation_patch(
     return result, index_df
 
 
-def ids_of(model: Any, given: Any) -> torch.Tensor:
-    """Ids [batch, pos] of text, texts or ids."""
-    ids = model.to_tokens(given) if isinstance(given, (str, list)) else torch.as_tensor(given)
-    return ids[None] if ids.ndim == 1 else ids
-
-
 def _rows(table: Any) -> Iterator[Any]:
     rows = table.itertuples(index=False) if hasattr(table, "itertuples") else table
     return iter(rows)
 
 
 def prompt_of(model: Any, given: Any) -> dict[str, torch.Tensor]:
-    """What an invoke is given for text, texts or ids: ids and mask, [batch, pos]."""
-    ids = ids_of(model, given)
-    return {"input_ids": ids, "attention_mask": model._tokens.mask_of(ids)}
+    """What an invoke is given for text, texts or ids: ids and mask [batch, pos], as in `forward`."""
+    prompt = model._prompt(given, None, None, None, None, None, True)
+    return {"input_ids": prompt.ids, "attention_mask": prompt.attended}
 
 
 def check_name(model: Any, name: str, cache: Any = None) -> None:
@@ -190,7 +185,7 @@ def check_name(model: Any, name: str, cache: Any = None) -> None:
 
 def _run_cells(
     model: Any,
-    tokens: torch.Tensor,
+    prompt: dict[str, torch.Tensor],
     cache: Any,
     metric: Metric,
     setter: Setter,
@@ -200,7 +195,6 @@ def _run_cells(
     names = {cell[0]: get_act_name(activation, cell[0]) for cell in cells}
     for name in names.values():
         check_name(model, name, cache)
-    prompt = prompt_of(model, tokens)
 
     def patch(cell: tuple[int, ...], recorded: bool) -> None:
         _patch(model, cache, setter, names[cell[0]], cell, recorded)
@@ -222,7 +216,7 @@ def _measured(
     with torch.no_grad(), model.model.trace() as tracer:
         for change in changes:
             with tracer.invoke(**prompt):
-                _hook(model)
+                record_hooks(model)
                 change()
                 logits = tracer.output.logits
                 value = metric(logits) if recorded else apply(metric, logits)
@@ -239,8 +233,8 @@ def number_of(value: Any) -> torch.Tensor:
     return found if found.is_floating_point() else found.float()
 
 
-def _hook(model: Any) -> None:
-    """Record the hook functions that the model has at present."""
+def record_hooks(model: Any) -> None:
+    """Record the hook functions that the model has at present, first in an invoke."""
     active = {point.name: point for point in model._hooks.active()}
     for name, (layer, own) in model._meant.items() if active else ():
         if name in active:
@@ -439,7 +433,6 @@ def _direct_paths(
     check_name(model, get_act_name("z", 0))
     # Heads that share keys and values read them once.
     shared = cfg.n_heads // (cfg.n_heads if receiver_input == "q" else cfg.n_kv_heads)
-    tokens = ids_of(model, corrupted_tokens)
     clean = {}
     for layer, head in dict.fromkeys(sender for sender, _ in paths):
         name = get_act_name("z", layer)
@@ -460,7 +453,7 @@ def _direct_paths(
 
     cells = dict.fromkeys((sender, (i, head // shared)) for sender, (i, head) in paths)
     changes = [partial(patch, sender, *receiver) for sender, receiver in cells]
-    prompt, values = prompt_of(model, tokens), list[torch.Tensor]()
+    prompt, values = prompt_of(model, corrupted_tokens), list[torch.Tensor]()
     for start in range(0, len(changes), BLOCK):
         values += _measured(model, prompt, metric, changes[start : start + BLOCK])
     found = dict(zip(cells, values, strict=True))

@@ -13,7 +13,7 @@ import torch
 
 from ..tracing.errors import InputError, ShapeError
 from ..tracing.proxy import apply
-from .patching import Head, Metric, can_record, number_of, prompt_of
+from .patching import Head, Metric, can_record, number_of, prompt_of, record_hooks
 
 #: (layer, head, "q" | "k" | "v"), (layer, "mlp") or "logits".
 Receiver: TypeAlias = "tuple[int, int, str] | tuple[int, str] | str"
@@ -75,11 +75,14 @@ def path_patch(
     values = []
     with torch.no_grad(), model.model.trace() as tracer:
         with tracer.invoke(**source):
+            record_hooks(model)
             theirs = {i: names.read(i, "z") for i in dict.fromkeys(layer for layer, _ in chosen)}
         with tracer.invoke(**base):
+            record_hooks(model)
             own = [(names.read(i, "z"), names.read(i, "mlp_out")) for i in range(cfg.n_layers)]
         for layer, head in chosen:
             with tracer.invoke(**base):
+                record_hooks(model)
                 names.read(layer, "z")[:, :, head] = theirs[layer][:, :, head]
                 for i in range(layer, cfg.n_layers):
                     if i > layer:
@@ -89,6 +92,7 @@ def path_patch(
                         names.read(i, "mlp_out")[:] = own[i][1]
                 changed = [(to, _read(model, to)) for to in wanted if _is_before(model, layer, to)]
             with tracer.invoke(**base):
+                record_hooks(model)
                 for (i, name, place), value in changed:
                     found = names.read(i, name)
                     if place is None:

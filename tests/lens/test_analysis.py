@@ -201,6 +201,22 @@ def test_logit_lens_as_text() -> None:
     assert last.endswith("' Paris'")
 
 
+def test_hooks_that_are_there_stay_in_force() -> None:
+    model = lens("gpt2")
+    hook = ("blocks.0.hook_mlp_out", lambda value, hook: value * 0.5)
+    logits, seen = plain("gpt2")(ids(), {("mlp_out", 0): lambda value: value * 0.5})
+    with model.hooks([hook]):
+        found = logit_lens(model, ids())
+        scores = detect_head(model, ids()[:1], "previous_token_head")
+        answer = analysis.test_prompt("w5 w9", "w7", model, prepend_space_to_answer=False)
+    torch.testing.assert_close(found.logits[-1], logits, **CLOSE)
+    torch.testing.assert_close(found.logits[2], end_of("gpt2", seen["resid_pre", 2]), **CLOSE)
+    expected = seen["pattern", 2][0, 1].diagonal(-1).sum() / 6
+    torch.testing.assert_close(scores[2, 1], expected, **CLOSE)
+    halved = plain("gpt2")(torch.tensor([[2, 5, 9]]), {("mlp_out", 0): lambda value: value * 0.5})
+    torch.testing.assert_close(answer.answers[0].logits[0], halved[0][0, -1, 7], **CLOSE)
+
+
 # -------------------------------------------------------------------- direct attributions
 
 

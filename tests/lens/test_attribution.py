@@ -190,9 +190,9 @@ def test_integrated_gradients_are_means_of_gradients() -> None:
 def test_integrated_gradients_are_complete() -> None:
     """The sum over positions tends to the effect of patching the layer as a whole."""
     found = attribution_patch(lens("gpt2"), *prompts(), metric, ["attn_out", "resid_pre"], steps=40)
-    normal = metric(plain("gpt2")(prompts()[1])[0])
+    normal, source = metric(plain("gpt2")(prompts()[1])[0]), clean("gpt2")
     for name, layer in itertools.product(found, range(LAYERS)):
-        edit = {(name, layer): lambda _, n=name, i=layer: clean("gpt2")[n, i]}
+        edit = {(name, layer): lambda _, n=name, i=layer: source[n, i]}
         effect = metric(plain("gpt2")(prompts()[1], edit)[0]) - normal
         torch.testing.assert_close(found[name][layer].sum(), effect, atol=0.02, rtol=0.02)
 
@@ -214,6 +214,47 @@ def test_metrics_that_are_not_recorded_are_derived_too() -> None:
     found = attribution_patch(lens("gpt2"), *prompts(), decides)
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], atol=1e-10, rtol=1e-10)
+
+
+def halved(value: torch.Tensor, hook: Any = None) -> torch.Tensor:
+    return value * 0.5
+
+
+def test_hooks_that_are_there_stay_in_force() -> None:
+    model, run, place = lens("gpt2"), plain("gpt2"), ("mlp_out", 0)
+    edits = {place: halved}
+    source, own = (run(one, edits)[1]["attn_out", 1] for one in prompts())
+    with model.hooks([("blocks.0.hook_mlp_out", halved)]):
+        found = attribution_patch(model, *prompts(), metric, ["attn_out"])["attn_out"][1, 2]
+        several = attribution_patch(model, *prompts(), metric, ["attn_out"], 200)["attn_out"][1]
+        edges = edge_attribution_patch(model, *prompts(), metric)
+        path = path_patch(model, *prompts(), metric, [(2, 1, "q")], [(1, 0)])
+
+    def moved(size: Any) -> torch.Tensor:
+        def edit(value: torch.Tensor) -> torch.Tensor:
+            value = value.clone()
+            value[:, 2] += size * (source - own)[:, 2]
+            return value
+
+        return metric(run(prompts()[1], {**edits, ("attn_out", 1): edit})[0])
+
+    torch.testing.assert_close(found, slope("gpt2", moved), **CLOSE)
+    whole = metric(run(prompts()[1], {**edits, ("attn_out", 1): lambda _: source})[0])
+    normal = metric(run(prompts()[1], edits)[0])
+    torch.testing.assert_close(several.sum(), whole - normal, atol=0.02, rtol=0.02)
+    edge = slope(
+        "gpt2",
+        lambda e: with_reader_moved(
+            "gpt2", edits, "L1MLP", e * (halved(clean("gpt2")[place] - corrupted("gpt2")[place]))
+        ),
+    )
+    assert edges["L0MLP", "L1MLP"] == pytest.approx(float(edge), abs=2e-5, rel=1e-4)
+    same = double("gpt2")  # with the hook's effect in its weights
+    same.transformer.h[0].mlp.c_proj.weight *= 0.5
+    same.transformer.h[0].mlp.c_proj.bias *= 0.5
+    other = HookedTransformer(LanguageModel(same))
+    expected = path_patch(other, *prompts(), metric, [(2, 1, "q")], [(1, 0)])
+    torch.testing.assert_close(path, expected, atol=1e-9, rtol=1e-9)
 
 
 def test_attribution_leaves_the_model_as_it_was() -> None:
@@ -434,12 +475,12 @@ def in_two_passes(
 ) -> torch.Tensor:
     """Wang et al. 2022 by hand: one pass with all behind the sender frozen, one with the receivers'
     values of it."""
-    run, own = plain(name), corrupted(name)
+    run, own, source = plain(name), corrupted(name), clean(name)
     layer, head = sender
 
     def put(value: torch.Tensor) -> torch.Tensor:
         value = value.clone()
-        value[:, :, head] = clean(name)["z", layer][:, :, head]
+        value[:, :, head] = source["z", layer][:, :, head]
         return value
 
     edits: dict[Any, Any] = {("z", layer): put}
