@@ -143,7 +143,7 @@ class HookedTransformer:
         self.dataset: Any = None
         self._tokenization = Tokenization(
             tokenizer if tokenizer is not None else model.tokenizer,
-            self._n_ctx,
+            self._n_ctx or self.cfg.n_ctx,
             self.cfg.default_prepend_bos,
             default_padding_side,
         )
@@ -283,7 +283,7 @@ class HookedTransformer:
     def set_tokenizer(self, tokenizer: Any, default_padding_side: str | None = None) -> None:
         """Use another tokenizer; it is not changed, and nothing is loaded."""
         self._tokenization = Tokenization(
-            tokenizer, self._n_ctx, self.cfg.default_prepend_bos, default_padding_side
+            tokenizer, self._n_ctx or self.cfg.n_ctx, self.cfg.default_prepend_bos, default_padding_side
         )
 
     @property
@@ -703,8 +703,9 @@ class HookedTransformer:
             write_name(self.model, self._vocabulary, start, "resid_pre", given)
 
     def _hooked(self, value: Any, point: HookPoint) -> Any:
-        forward = [one for one in point.hooks if one.direction == "fwd"]
-        backward = [one for one in point.hooks if one.direction == "bwd"]
+        heard = [one for one in point.hooks if one.heard]
+        forward = [one for one in heard if one.direction == "fwd"]
+        backward = [one for one in heard if one.direction == "bwd"]
         if forward:
             value = apply(call_forward, value, point, forward)
         if backward:

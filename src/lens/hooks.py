@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -23,12 +25,19 @@ class Hook:
     Attributes:
         direction: "fwd" or "bwd".
         level: depth of the context that added it; None for `add_hook`.
+        thread: that of the context, in whose forwards alone it is called; None for all.
     """
 
     function: HookFunction
     direction: str
     permanent: bool = False
     level: int | None = None
+    thread: int | None = None
+
+    @property
+    def heard(self) -> bool:
+        """Whether forwards of this thread call it."""
+        return self.thread is None or self.thread == get_ident()
 
 
 class HookPoint:
@@ -78,7 +87,7 @@ class HookPoint:
         def goes(one: Hook) -> bool:
             if dir not in ("both", one.direction) or (one.permanent and not including_permanent):
                 return False
-            return level is None or one.level == level
+            return level is None or (one.level == level and one.heard)
 
         self.hooks = [one for one in self.hooks if not goes(one)]
 
@@ -98,7 +107,8 @@ class Hooks:
 
     def __init__(self, names: Iterable[str], kind: str) -> None:
         self.points = {name: HookPoint(name, self) for name in names}
-        self.level = 0
+        self._levels = threading.local()
+        self._lock = threading.Lock()
         self._kind = kind
 
     def find(self, wanted: Any) -> list[HookPoint]:
@@ -126,9 +136,14 @@ class Hooks:
             f"a filter is a name, a list of names or a function of a name, not {type(wanted).__name__}"
         )
 
+    @property
+    def level(self) -> int:
+        """How many contexts of this thread are open."""
+        return getattr(self._levels, "depth", 0)
+
     def active(self) -> list[HookPoint]:
         """The points that have functions."""
-        return [point for point in self.points.values() if point.hooks]
+        return [p for p in self.points.values() if any(one.heard for one in p.hooks)]
 
     def reset(
         self,
@@ -137,10 +152,12 @@ class Hooks:
         including_permanent: bool = False,
         level: int | None = None,
     ) -> None:
-        for point in self.points.values():
-            point.remove_hooks(direction, including_permanent, level)
-            if clear_contexts:
-                point.clear_context()
+        with self._lock:
+            for point in self.points.values():
+                if point.hooks:
+                    point.remove_hooks(direction, including_permanent, level)
+                if clear_contexts:
+                    point.clear_context()
 
     @contextmanager
     def added(
@@ -158,16 +175,16 @@ class Hooks:
             for wanted, function in pairs
             for point in self.find(wanted)
         ]
-        self.level += 1
-        level = self.level
+        level = self._levels.depth = self.level + 1
         try:
-            for point, function, direction in found:
-                point.add_hook(function, direction, level=level)
+            with self._lock:
+                for point, function, direction in found:
+                    point.hooks.append(Hook(function, direction, False, level, get_ident()))
             yield
         finally:
             if reset_hooks_end:
                 self.reset(clear_contexts, level=level)
-            self.level -= 1
+            self._levels.depth = level - 1
 
 
 def call_forward(value: torch.Tensor, point: HookPoint, hooks: list[Hook]) -> torch.Tensor:
