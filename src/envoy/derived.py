@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from ..tracing.allow_list import declare
 from ..tracing.node import HookPoint
 from ..tracing.operations import VIEW, Operation
 from ..tracing.proxy import Proxy, record
@@ -46,15 +47,22 @@ class _State(Operation):
         return whole, *part[1:]
 
 
+def _declared(operation: Operation) -> Operation:
+    """A graph that is sent may name it."""
+    return declare(f"derived.{operation.name.replace(' ', '_')}", operation)
+
+
 def _state(name: str, function: Callable[..., tuple[Any, ...]]) -> Operation:
-    return _State(name, function, VIEW, inverse=lambda whole, state, *_: state[0], copies=True)
+    return _declared(
+        _State(name, function, VIEW, inverse=lambda whole, state, *_: state[0], copies=True)
+    )
 
 
 def _part(
     state: Operation, name: str, index: int, put: Callable[[Any, Any], tuple[Any, ...]]
 ) -> Derivation:
     part = Operation(name, lambda state: state[index], VIEW, inverse=put, computed=True)
-    return Derivation(state, part)
+    return Derivation(state, _declared(part))
 
 
 def _replaced(whole: Any, new: Any, old: Any, made: Callable[[Any], Any]) -> Any:
