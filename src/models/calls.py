@@ -82,6 +82,8 @@ def attention_weights(model: Any, prompt: Any) -> torch.Tensor:
 
 def generate_text(model: Any, args: tuple[Any, ...], num: int, options: dict[str, Any]) -> Any:
     """The prompt and its continuation as text."""
+    if not hasattr(model.module_tree(), "generation_config"):
+        raise InputError(f"{type(model.module_tree()).__name__} does not generate text.")
     if model.tokenizer is None:
         raise InputError("this model has no tokenizer: write `with model.generate(...)`")
     with model.generate(*args, max_new_tokens=num, **options) as generator:
