@@ -89,8 +89,8 @@ def load_documents(data: Any, held_out: bool = False) -> Iterable[Document]:
             a name: pile, pile_codeless (the pile without GitHub), code (codeparrot), wiki, c4, stories
                 (TinyStories), civil and toxic (civil comments), bio, or `hub:owner/name`; they are
                 read as streams through the package `datasets`;
-            "tiny/capitals", "tiny/capitals+languages", "tiny/all": facts that the packaged model
-                knows, by family;
+            "tiny/capitals", "tiny/capitals+languages", "tiny/all", "tiny/all-sports": facts that the
+                packaged model knows, by family;
             a file: `.jsonl` with a field "text" (and perhaps "answer") in each line, else plain text,
                 one document a paragraph, or one a line if there are no empty lines;
             a list of strings or of `Document`s.
@@ -136,10 +136,12 @@ def _named(name: str, held_out: bool) -> Iterable[Document]:
 
 
 def _facts(families: str, held_out: bool) -> Iterator[Document]:
-    names = list(RELATIONS) if families == "all" else families.split("+")
-    for name in names:
+    without = families.removeprefix("all-").split("-") if families.startswith("all-") else []
+    names = list(RELATIONS) if without or families == "all" else families.split("+")
+    for name in (*names, *without):
         if name not in RELATIONS:
             raise PruningError.unknown("family of facts of graftwork/tiny", name, RELATIONS)
+    for name in (name for name in names if name not in without):
         yield from (Document(*fact) for fact in (questions if held_out else sentences)(name))
 
 
@@ -269,7 +271,7 @@ def token_batches(
             left = len(ahead) - start
             if not pads:
                 left = sum(len(row.ids) == width for row in ahead[start:])
-            # Powers of two: a recorded block runs again for as many rows.
+            # Powers of two: what was recorded for a shape runs again.
             count = 1 << (max(1, min(left, batch_tokens // width)).bit_length() - 1)
             yield _padded(ahead[start : start + count], fill or 0)
             start += count

@@ -109,7 +109,7 @@ class Evaluator:
         self._k = k
         self._masked = type(model.module_tree()).__name__.endswith("ForMaskedLM")
         self._generator = torch.Generator().manual_seed(seed)
-        self._experiments: dict[int, Any] = {}
+        self._experiments: dict[torch.Size, Any] = {}
         # Where predictions of the present batch are read, and what they should be: both flat.
         self._places = self._targets = torch.empty(0, dtype=torch.long)
         self._sums = torch.zeros(7, dtype=torch.float64)
@@ -123,14 +123,14 @@ class Evaluator:
             return
         self._targets = batch.ids[scored]
         self._places = scored.flatten().nonzero().flatten() - (0 if self._masked else 1)
-        rows = len(batch.ids)
-        if rows in self._experiments:
-            measures = self._experiments[rows](inputs)[0]
+        shape = batch.ids.shape
+        if shape in self._experiments:
+            measures = self._experiments[shape](inputs)[0]
         else:
             options = forward_options(self._model)
             with self._model.trace(inputs, plan={"progress": False}, **options) as tracer:
                 saved = apply(self._measure, self._model.logits).save()
-            self._experiments[rows] = tracer.compile()
+            self._experiments[shape] = tracer.compile()
             measures = saved.value
         measures = measures.cpu()
         rare = ~torch.isin(self._targets, self._skip)

@@ -12,6 +12,8 @@ from typing import Any
 from .errors import PruningError
 
 _FIRST = ("step", "ff_del", "attn_del", "ff_threshold", "attn_threshold")
+# The longer ones first, as they are looked for at the end of names.
+_MEASURES = ("topk_skip", "skip", "topk", "base", "perplexity", "loss")
 
 
 class History(Sequence[Mapping[str, Any]]):
@@ -64,15 +66,28 @@ class History(Sequence[Mapping[str, Any]]):
         return [row.get(name) for row in self.rows]
 
     def __str__(self) -> str:
-        names = [
-            name for name in self.columns if any(row.get(name) is not None for row in self.rows)
+        names = [name for name in self.columns if any(r.get(name) is not None for r in self.rows)]
+        parts = [_parts(name) for name in names]
+        # A data set stands once, above its columns.
+        above = [
+            part[0] if not number or parts[number - 1][0] != part[0] else ""
+            for number, part in enumerate(parts)
         ]
-        table = [names] + [[_text(name, row.get(name)) for name in names] for row in self.rows]
+        table = [[part[1] for part in parts]]
+        table += [[_text(name, row.get(name)) for name in names] for row in self.rows]
         widths = [max(len(line[i]) for line in table) for i in range(len(names))]
-        return "\n".join(
+        starts = [sum(widths[:i]) + 2 * i for i in range(len(names) + 1)]
+        begins = [i for i, name in enumerate(above) if name]
+        first = ""
+        for i, after in zip(begins, [*begins[1:], len(names)], strict=True):
+            room = starts[after] - starts[i] - 2
+            name = above[i] if len(above[i]) <= room else above[i][: room - 1] + "…"
+            first = first.ljust(starts[i]) + name
+        lines = [
             "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
             for line in table
-        )
+        ]
+        return "\n".join([first, *lines])
 
     def __repr__(self) -> str:
         return f"History of {len(self.rows)} rows\n{self}"
@@ -116,6 +131,14 @@ class History(Sequence[Mapping[str, Any]]):
         axes.set_xlabel("neurons deleted")
         axes.legend()
         return figure
+
+
+def _parts(name: str) -> tuple[str, str]:
+    """The data set of a column, "" for none, and what it says of it."""
+    for measure in _MEASURES:
+        if name.endswith(f"_{measure}"):
+            return name.removesuffix(f"_{measure}"), measure
+    return "", name
 
 
 def _text(name: str, value: Any) -> str:

@@ -35,8 +35,8 @@ def run_pruning(config: PruningConfig) -> tuple[LanguageModel, History]:
     on after its last whole step, and gives what it would have given. More steps can be asked for later.
 
     Args:
-        config: what to do. A `LanguageModel` given in it is changed in place, by its hooks; a model named
-            in it is loaded for this run.
+        config: what to do. A `LanguageModel` given in it is changed in place, by its hooks; a model
+            that is named in it is loaded for this run.
 
     Returns:
         The model, without the neurons, and the history.
@@ -181,7 +181,10 @@ class _Run:
                     token_limit=config.token_limit,
                     batch_tokens=config.batch_tokens,
                 )
-                self._evaluated[name_of(data, other)] = list(batches)
+                name = name_of(data, other)
+                if name in self._evaluated:
+                    name = f"{name}_{number}"
+                self._evaluated[name] = list(batches)
         return self._evaluated
 
     # ---------------------------------------------------------------- the folder

@@ -269,17 +269,18 @@ class Collector:
         self._model = model
         self._mlp, self._attn = mlp, attn
         self._real: torch.Tensor | None = None
-        # One recorded block for each number of rows.
-        self._experiments: dict[int, Any] = {}
+        # One recorded block for each shape of a batch: in an MLP that joins rows and tokens, as OPT's,
+        # a name takes them apart by the shape for which it was recorded.
+        self._experiments: dict[torch.Size, Any] = {}
         self._summarize = Summarizer()
         self._found: Statistics | None = None
 
     def add(self, batch: TokenBatch) -> None:
         """Run the model on a batch and add the statistics of its tokens; padding is not counted."""
         self._real = None if bool(batch.mask.all()) else batch.mask.flatten().nonzero().flatten()
-        rows = len(batch.ids)
-        if rows in self._experiments:
-            found = list(self._experiments[rows](batch.inputs()))
+        shape = batch.ids.shape
+        if shape in self._experiments:
+            found = list(self._experiments[shape](batch.inputs()))
         else:
             found = self._record(batch)
         new = Statistics.from_rows(batch.tokens, torch.stack(found, 1))
@@ -294,7 +295,7 @@ class Collector:
                 if self._attn:
                     read.append(layer.z)
                 saved.append(apply(self._summaries, *read).save())
-        self._experiments[len(batch.ids)] = tracer.compile()
+        self._experiments[batch.ids.shape] = tracer.compile()
         return [one.value for one in saved]
 
     def _summaries(self, *activations: torch.Tensor) -> torch.Tensor:
