@@ -14,7 +14,7 @@ from ..models import LanguageModel
 from ..tracing.proxy import apply
 from .data import TokenBatch
 from .errors import PruningError
-from .statistics import forward_options
+from .forwards import Forwards
 
 #: Share of the tokens that a masked language model has to find, and what stands in their place:
 #: the mask, another token, or (the rest) themselves. Source: Devlin et al., "BERT", 2018, section 3.1.
@@ -109,7 +109,7 @@ class Evaluator:
         self._k = k
         self._masked = type(model.module_tree()).__name__.endswith("ForMaskedLM")
         self._generator = torch.Generator().manual_seed(seed)
-        self._experiments: dict[torch.Size, Any] = {}
+        self._forwards = Forwards(model, self._record)
         # Where predictions of the present batch are read, and what they should be: both flat.
         self._places = self._targets = torch.empty(0, dtype=torch.long)
         self._sums = torch.zeros(7, dtype=torch.float64)
@@ -123,15 +123,7 @@ class Evaluator:
             return
         self._targets = batch.ids[scored]
         self._places = scored.flatten().nonzero().flatten() - (0 if self._masked else 1)
-        shape = batch.ids.shape
-        if shape in self._experiments:
-            measures = self._experiments[shape](inputs)[0]
-        else:
-            options = forward_options(self._model)
-            with self._model.trace(inputs, plan={"progress": False}, **options) as tracer:
-                saved = apply(self._measure, self._model.logits).save()
-            self._experiments[shape] = tracer.compile()
-            measures = saved.value
+        (measures,) = self._forwards(inputs)
         measures = measures.cpu()
         rare = ~torch.isin(self._targets, self._skip)
         self._sums += torch.cat(
@@ -142,6 +134,9 @@ class Evaluator:
                 measures[1:, rare].sum(1),
             ]
         )
+
+    def _record(self) -> list[Any]:
+        return [apply(self._measure, self._model.logits).save()]
 
     def _measure(self, logits: torch.Tensor) -> torch.Tensor:
         """Of logits [batch, token, vocabulary], the measures of what is scored [3, prediction]."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from ..models import LanguageModel
 from .config import PruningConfig
@@ -51,7 +52,8 @@ def run_pruning(config: PruningConfig) -> tuple[LanguageModel, History]:
         board.log(row)
     if not run.begun and config.run_pre_test:
         board.log(run.finish(0, {"ff_threshold": None, "attn_threshold": None}))
-    for step in range(run.step + 1, config.n_steps + 1):
+    steps = range(run.step + 1, config.n_steps + 1)
+    for step in tqdm(steps, "pruning", disable=not config.progress, delay=2):
         board.log(run.finish(step, run.prune(step)))
     board.close()
     return run.model, run.history
@@ -184,7 +186,10 @@ class _Run:
                 name = name_of(data, other)
                 if name in self._evaluated:
                     name = f"{name}_{number}"
-                self._evaluated[name] = list(batches)
+                bar = tqdm(
+                    batches, f"reading {name}", disable=not config.progress, delay=2, leave=False
+                )
+                self._evaluated[name] = list(bar)
         return self._evaluated
 
     # ---------------------------------------------------------------- the folder

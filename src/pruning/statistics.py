@@ -10,7 +10,6 @@ the square root of an activation of less precision: it is taken in float32 (a re
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,6 +20,7 @@ from ..models import LanguageModel
 from ..tracing.proxy import apply
 from .data import TokenBatch
 from .errors import PruningError
+from .forwards import Forwards
 
 #: Numbers that are summarized at once, so that what is computed from them stays in the cache.
 _CHUNK = 131072
@@ -249,12 +249,6 @@ def _merged(one: Statistics | None, other: Statistics | None) -> Statistics | No
     return one.merge(other) if one is not None and other is not None else None
 
 
-def forward_options(model: LanguageModel) -> dict[str, Any]:
-    """What a forward over whole texts is told: to keep no cache, where it would keep one."""
-    takes = "use_cache" in inspect.signature(model.module_tree().forward).parameters
-    return {"use_cache": False} if takes else {}
-
-
 class Collector:
     """Statistics of a model, batch by batch.
 
@@ -269,34 +263,27 @@ class Collector:
         self._model = model
         self._mlp, self._attn = mlp, attn
         self._real: torch.Tensor | None = None
-        # One recorded block for each shape of a batch: in an MLP that joins rows and tokens, as OPT's,
-        # a name takes them apart by the shape for which it was recorded.
-        self._experiments: dict[torch.Size, Any] = {}
+        self._forwards = Forwards(model, self._record)
         self._summarize = Summarizer()
         self._found: Statistics | None = None
 
     def add(self, batch: TokenBatch) -> None:
         """Run the model on a batch and add the statistics of its tokens; padding is not counted."""
         self._real = None if bool(batch.mask.all()) else batch.mask.flatten().nonzero().flatten()
-        shape = batch.ids.shape
-        if shape in self._experiments:
-            found = list(self._experiments[shape](batch.inputs()))
-        else:
-            found = self._record(batch)
-        new = Statistics.from_rows(batch.tokens, torch.stack(found, 1))
+        found = self._forwards(batch.inputs())
+        # Layers may be on different devices.
+        rows = torch.stack([row.to(found[0].device) for row in found], 1)
+        new = Statistics.from_rows(batch.tokens, rows)
         self._found = new if self._found is None else self._found.merge(new)
 
-    def _record(self, batch: TokenBatch) -> list[torch.Tensor]:
-        options = forward_options(self._model)
-        with self._model.trace(batch.inputs(), plan={"progress": False}, **options) as tracer:
-            saved = []
-            for layer in self._model.layers:
-                read = [layer.mlp_post] if self._mlp else []
-                if self._attn:
-                    read.append(layer.z)
-                saved.append(apply(self._summaries, *read).save())
-        self._experiments[batch.ids.shape] = tracer.compile()
-        return [one.value for one in saved]
+    def _record(self) -> list[Any]:
+        saved = []
+        for layer in self._model.layers:
+            read = [layer.mlp_post] if self._mlp else []
+            if self._attn:
+                read.append(layer.z)
+            saved.append(apply(self._summaries, *read).save())
+        return saved
 
     def _summaries(self, *activations: torch.Tensor) -> torch.Tensor:
         """Of activations [batch, token, …], one layer's, the six rows of all their neurons."""
