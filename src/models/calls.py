@@ -16,7 +16,7 @@ def _values(model: Any, prompt: Any, *names: str) -> list[dict[str, torch.Tensor
     with torch.no_grad(), model.trace(prompt):
         for layer in model.layers:
             found.append({name: getattr(layer, name).save() for name in names})
-    return [{name: box.value for name, box in one.items()} for one in found]
+    return [{name: box.value.detach() for name, box in one.items()} for one in found]
 
 
 def _one(value: torch.Tensor) -> torch.Tensor:
@@ -36,7 +36,7 @@ def logits(model: Any, prompt: Any) -> torch.Tensor:
     with torch.no_grad(), model.trace(prompt) as tracer:
         found = tracer.output.logits.save()
     value: torch.Tensor = found.value
-    return value
+    return value.detach()  # a policy may have parameters that are trained
 
 
 def residual_stream(model: Any, prompt: Any) -> torch.Tensor:
