@@ -2,8 +2,8 @@
 
 The document is the description (README) of taker. Here is its code alone: `from taker` has become
 `from graftwork`, comments are gone, and two long lines are broken. What its blocks leave behind is
-compared with torch's own hooks. `'facebook/opt-125m'` and `'nickypro/tinyllama-15m'` are folders of these
-names in the current directory, with a tiny model of each architecture that the document names in turn.
+compared with torch's own hooks. `'facebook/opt-125m'` and `'nickypro/tinyllama-15m'` are folders of
+these names in the current directory, with a tiny model of each architecture that the document names.
 
 Supplied by the tests, because the document does not import it: `HookConfig`.
 """
