@@ -19,6 +19,8 @@ from .forwards import Forwards
 #: Share of the tokens that a masked language model has to find, and what stands in their place:
 #: the mask, another token, or (the rest) themselves. Source: Devlin et al., "BERT", 2018, section 3.1.
 _MASKED, _BY_MASK, _BY_OTHER = 0.15, 0.8, 0.1
+#: Predictions that are measured at once.
+_PART = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +143,10 @@ class Evaluator:
     def _measure(self, logits: torch.Tensor) -> torch.Tensor:
         """Of logits [batch, token, vocabulary], the measures of what is scored [3, prediction]."""
         places, targets = self._places.to(logits.device), self._targets.to(logits.device)
-        return token_measures(logits.flatten(0, 1)[places], targets, self._k)
+        rows = logits.flatten(0, 1)
+        # In parts: of a large vocabulary, each further copy of the logits would be felt.
+        parts = zip(torch.split(places, _PART), torch.split(targets, _PART), strict=True)
+        return torch.cat([token_measures(rows[p], t, self._k) for p, t in parts], 1)
 
     def _hide(self, batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Which tokens a masked language model has to find, bool [row, token], and what it sees."""
