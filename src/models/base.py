@@ -720,7 +720,16 @@ class Model(Envoy):
         if not causal:
             settings = dataclasses.replace(settings, causal=False)
         facts = BlockFacts(self, tracer)
-        work = plan(tracer.recording.graph, prompted, facts, settings)
+        graph = tracer.recording.graph
+        # A graph that runs again on one prompt of the same size has the same plan.
+        plans = graph.plans if len(prompted) == 1 and part is None else None
+        key = (facts.extent(prompted[0]), settings) if plans is not None else None
+        if plans is not None and key in plans:
+            known: Plan = plans[key]
+            return known
+        work = plan(graph, prompted, facts, settings)
+        if plans is not None and len(work.passes) == 1 and not work.passes[0].base:
+            plans[key] = work
         if part is not None and (part.resume.starts or part.resume.keeps):
             resume(work, part, facts.schedule().chain)
         return work

@@ -86,6 +86,7 @@ class Graph:
         writes: the last WRITE node of each invoke at each hook point.
         backwards: the nodes of `backward()`, in recorded order.
         stops: the nodes of `stop()`, in recorded order.
+        plans: of a graph that runs again and again, its plans by sizes of the prompt.
         traced: indices of the nodes whose values autograd must pass through.
         passed: what stands for each place of an attached module, for those that use it.
         branched: it has branches, see branches.py.
@@ -105,6 +106,7 @@ class Graph:
         "needs_grad",
         "nodes",
         "passed",
+        "plans",
         "saves",
         "stops",
         "traced",
@@ -125,6 +127,7 @@ class Graph:
         self.needs_grad = self.branched = False
         self.backwards: list[Node] = []
         self.stops: list[Node] = []
+        self.plans: dict[Any, Any] | None = None
         self.traced: set[int] = set()
         self.passed: dict[tuple[int, HookPoint], Node] = {}
         self.lasting: dict[int, int] = {}
@@ -260,6 +263,7 @@ class Graph:
         graph.backwards, graph.traced = self.backwards, self.traced
         graph.passed, graph.lasting = self.passed, self.lasting
         graph.branched, graph.stops = self.branched, self.stops
+        graph.plans = self.plans = {} if self.plans is None else self.plans
         for number, index in enumerate(self.saved_in_order()):
             graph.saves.append((self.nodes[index], Box(number)))
         return graph
