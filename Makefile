@@ -24,6 +24,9 @@ bench: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/bench.py
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/sweeps.py
 	OMP_NUM_THREADS=2 $(VENV)/bin/python benchmarks/sweeps.py
+	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/lens.py
+	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/context.py
+	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/pruning.py
 
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit("graftwork needs Python 3.10 or newer, this is %d.%d; give another one with PYTHON=..." % sys.version_info[:2] if sys.version_info < (3, 10) else 0)'

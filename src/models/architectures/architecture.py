@@ -185,7 +185,8 @@ def in_heads(value: Any, sizes: Any, here: Any) -> Any:
 
 def unflattened(value: Any, sizes: Any, here: Any) -> Any:
     """[(batch token), …] → [batch, token, …]."""
-    return value.unflatten(0, tuple(here("resid_pre").shape[:2]))
+    # By its rows: a compiled block runs on prompts of other lengths, too.
+    return value.unflatten(0, (here("resid_pre").shape[0], -1))
 
 
 def _layout(part: Part) -> Any:
