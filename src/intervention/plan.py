@@ -28,6 +28,8 @@ class Settings:
         less_head: unembed the last position alone where only that is used.
         stop: leave the forward after the last needed module.
         memory: free values after their last use.
+        share_memory: a saved value may lie in the memory in which the forward made it, with others,
+            where the forward does not write there again. Off: each has memory of its own.
         tokens: most tokens in one forward, padding included; None fits it to the free memory.
         progress: show a bar over the passes of a block that takes more than two seconds.
     """
@@ -39,6 +41,7 @@ class Settings:
     less_head: bool = True
     stop: bool = True
     memory: bool = True
+    share_memory: bool = False
     tokens: int | None = None
     progress: bool = True
 

@@ -135,6 +135,7 @@ class Run:
     ) -> None:
         count = len(graph.nodes)
         self._traced = graph.traced
+        self._lent: frozenset[int] = frozenset()
         self.graph = graph
         self.plan = plan
         self.values: list[Any] = [None] * count
@@ -587,7 +588,10 @@ class Run:
             else:
                 # `+` of two tuples is a new tuple of the same tensors.
                 keep = type(value) is torch.Tensor and len(boxes) == 1
-                keep = keep and node.kind == CALL and _owns(node, self.plan.users[index])
+                keep = keep and (
+                    index in self._lent
+                    or (node.kind == CALL and _owns(node, self.plan.users[index]))
+                )
                 for box in boxes:
                     box.value = value if keep else snapshot(value)
                     box.full = True
@@ -603,6 +607,25 @@ class Run:
         elif node.kind == WRITE:
             self.values[index] = value
             self._kept.append(index)  # the place it goes to may come later
+
+    def lend(self, schedule: Schedule) -> None:
+        """Let saved values lie in the forward's memory where nothing writes there later."""
+        found = set()
+        for node, _ in self.graph.saves:
+            root, computed = node, False
+            while root.kind == CALL and root.target.effect is VIEW and not root.target.copies:
+                first = root.args[0] if root.args else None
+                if type(first) is not Node:
+                    break
+                computed = computed or root.target.computed
+                root = first
+            if computed:  # nobody else has it
+                found.add(node.index)
+            elif root.kind == READ and type(root.target) is HookPoint:
+                visit = schedule.find(root.target)
+                if visit is not None and visit.stable:
+                    found.add(node.index)
+        self._lent = frozenset(found)
 
     def _refuse(self, node: Node, value: Opaque, boxes: list[Box]) -> None:
         for box in boxes:

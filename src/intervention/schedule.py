@@ -37,10 +37,15 @@ Key = tuple[str, str, int]
 
 @dataclasses.dataclass(slots=True)
 class Visit:
-    """One arrival in a forward: its position in the order, and the axes of its value."""
+    """One arrival in a forward: its position in the order, and the axes of its value.
+
+    Attributes:
+        stable: the forward does not write into its memory later.
+    """
 
     order: int
     axes: Any
+    stable: bool = False
 
 
 @dataclasses.dataclass(slots=True)
@@ -109,8 +114,16 @@ def measure(
         raise ScheduleError.no_schedule(
             "This block", "the order of its modules depends on its input"
         )
+    changed: dict[int, int] = {}
+    for use in trial[1]:
+        if use.changes:
+            changed[use.memory] = max(use.time, changed.get(use.memory, 0))
     visits = {
-        one.key: Visit(order, _compare(one.shapes, other.shapes))
+        one.key: Visit(
+            order,
+            _compare(one.shapes, other.shapes),
+            all(changed.get(memory, 0) <= order for _, memory, _ in one.tensors),
+        )
         for order, (one, other) in enumerate(zip(first, second, strict=True))
         if not inside or not one.key[0].startswith(inside)
     }

@@ -283,7 +283,10 @@ class HookedTransformer:
     def set_tokenizer(self, tokenizer: Any, default_padding_side: str | None = None) -> None:
         """Use another tokenizer; it is not changed, and nothing is loaded."""
         self._tokenization = Tokenization(
-            tokenizer, self._n_ctx or self.cfg.n_ctx, self.cfg.default_prepend_bos, default_padding_side
+            tokenizer,
+            self._n_ctx or self.cfg.n_ctx,
+            self.cfg.default_prepend_bos,
+            default_padding_side,
         )
 
     @property
@@ -653,7 +656,9 @@ class HookedTransformer:
         active = {point.name: point for point in self._hooks.active()}
         wanted = dict.fromkeys([*active, *names])
         result: Any
-        with self.model.trace(**inputs, **options) as tracer:
+        # Hooks may change values in place; without them, nothing of a forward changes any more.
+        plan = None if active else {"share_memory": True}
+        with self.model.trace(**inputs, plan=plan, **options) as tracer:
             tracer.graph.needs_grad = torch.is_grad_enabled()
             if start is not None and prompt.resid is not None:
                 self._enter(prompt.resid, start)

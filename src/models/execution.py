@@ -71,6 +71,8 @@ class Execution:
         self._run = Run(graph, work, entry.apply_module, entry.parameter)
         shares = any(one.base or one.starts or one.keep for one in work.passes)
         self._run.generates = tracer.generates
+        if work.settings.share_memory and len(work.passes) == 1:
+            self._run.lend(self._schedule(work.passes[0]))
         # The smallest batch that did not fit into memory, in tokens.
         self._too_much: int | None = None
         self._prefix = Prefix(work, self._schedule(work.passes[0])) if shares else None
