@@ -249,8 +249,8 @@ class Hooks:
     def template(self) -> Template | None:
         """What is to be recorded into a block; None if nothing changes or is kept."""
         with self._lock:
-            if not self._policies:
-                return None
+            if not self._policies or self._vocabulary._verifying:
+                return None  # whether names hold, the model itself tells
             every = [p for kinds in self._policies.values() for p in kinds.values()]
             places = [(*place, self.kinds(*place)) for place in self._policies]
             key = (places, [policy.state_key() for policy in every])

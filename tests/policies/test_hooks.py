@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -262,6 +263,34 @@ def test_points_that_an_architecture_has_not(name: str) -> None:
     for point in POINTS:
         found = model.hooks[point]["collect"]
         assert len(found) == (0 if point in missing else len(model.layers))
+
+
+def test_names_that_are_checked_when_they_are_used() -> None:
+    """Of an architecture that is not declared: the check sees the model without its policies."""
+    config = transformers.StableLmConfig(
+        vocab_size=61,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=32,
+    )
+    torch.manual_seed(0)
+    tree = transformers.StableLmForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in tree.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3)
+    model = LanguageModel(tree)
+    # Behind a mask of everything, nothing that happens before it is seen.
+    model.hooks[POINT][0]["mask"].set_mask(torch.zeros(D))
+    model.hooks[POINT][0]["collect"].enable()
+    with model.trace(IDS):
+        box = model.layers[0].pre_mlp.save()
+    assert box.value.shape == (1, 5, 16)
+    assert model.hooks[POINT][0]["collect"].activation.shape == (1, 5, D)
+    assert model.verify_names(strict=False).ok
+    assert model.hooks[POINT][0]["collect"].activation.shape == (1, 5, D)
 
 
 def test_one_component_may_be_named_alone() -> None:
