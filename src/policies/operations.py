@@ -10,7 +10,6 @@ import torch
 from ..tracing.allow_list import declare
 from ..tracing.operations import APPLY, Operation
 from ..tracing.proxy import Proxy, positions_of, record
-from ..tracing.structure import leaves
 
 #: Where the tokens of a row lie in a value: first column, column behind the last, and the number of the
 #: first among the prompt's own tokens.
@@ -127,7 +126,6 @@ def perform(operation: Operation, value: Any, *args: Any, counted: bool = False)
         rows: Rows = [(0, value.shape[1], 0)] * value.shape[0] if counted else []
         return operation.function(value, *args, *([rows] if counted else []))
     given = (*args, positions_of(value)) if counted else args
-    _needs_grad(value, given)
     return record(value._recording, operation, (value, *given), {})
 
 
@@ -135,11 +133,8 @@ def call(function: Callable[[Any], Any], argument: Any, value: Any) -> Any:
     """A Python function of an argument, recorded in the block of `value` if it is of one."""
     if not isinstance(value, Proxy):
         return function(argument)
-    _needs_grad(value, argument)
+    if isinstance(function, torch.nn.Module) and any(
+        p.requires_grad for p in function.parameters()
+    ):
+        value._recording.graph.needs_grad = True
     return record(value._recording, APPLY, (function, argument), {})
-
-
-def _needs_grad(value: Proxy, given: Any) -> None:
-    for leaf in leaves(given):
-        if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
-            value._recording.graph.needs_grad = True

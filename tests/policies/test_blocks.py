@@ -366,6 +366,35 @@ def test_two_backward_passes_without_a_step_add_up() -> None:
     close(gradients[1], 2 * gradients[0], rtol=1e-3, atol=1e-3)
 
 
+def test_a_mask_may_be_a_module() -> None:
+    model = fresh("gpt2")
+    mask = model.hooks[POINT][1]["mask"]
+    slope = torch.nn.PReLU()
+    mask.mask_fn = slope
+    mask.set_mask(numbers(64))
+    with model.trace(IDS):
+        loss = (model.logits**2).sum().save()
+    loss.value.backward()
+    found = slope.weight.grad.clone()
+    assert slope.weight in set(model.hooks.parameters())
+    slope.zero_grad()
+    with hooked("gpt2", {(POINT, 1): lambda x: x * slope(numbers(64))}):
+        (module("gpt2")(IDS[None]).logits ** 2).sum().backward()
+    close(found, slope.weight.grad, rtol=1e-3, atol=1e-3)
+    model.hooks.reset()
+    assert mask.mask_fn == "step" and torch.equal(model.get_logits(IDS), plain("gpt2", IDS))
+
+
+def test_values_of_an_older_block_do_not_come_late() -> None:
+    """Two threads may have a block each."""
+    collect = fresh("llama").hooks[POINT][1]["collect"]
+    boxes = [collect.parts.part(n, block, 0) for n, block in enumerate((4, 5, 4, 5))]
+    for number, box in enumerate(boxes):
+        box.value, box.full = torch.full((1, 1, 2), float(number)), True
+    collect.concat = True
+    assert torch.equal(collect.activation, torch.tensor([[[1.0, 1.0], [3.0, 3.0]]]))
+
+
 def test_the_next_block_sees_changes() -> None:
     model, d = fresh("llama"), (D,)
     here = model.hooks[POINT][1]
@@ -378,6 +407,10 @@ def test_the_next_block_sees_changes() -> None:
     check(lambda x: x * keep)
     here["mask"].param.data[:12] = 0  # torch keeps no count of this
     keep = (here["mask"].param > 0).float()
+    check(lambda x: x * keep)
+    here["mask"].mask_fn = "sigmoid"
+    check(lambda x: x * here["mask"].param.detach().sigmoid())
+    here["mask"].mask_fn = "step"
     check(lambda x: x * keep)
     here["mask"].param.data = torch.ones(d)
     here["mask"].offset.data += 3
