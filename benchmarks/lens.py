@@ -1,6 +1,6 @@
 """What the lens costs and saves, as ratios to plain PyTorch hooks that store the same values.
 
-    OMP_NUM_THREADS=1 python benchmarks/lens.py
+OMP_NUM_THREADS=1 python benchmarks/lens.py
 """
 
 from __future__ import annotations
@@ -159,6 +159,32 @@ def heads_by_hand(model: GPT2LMHeadModel, ids: Any, clean: dict[int, Any], port:
             handle.remove()
 
 
+def overhead(
+    lens: HookedTransformer,
+    module: GPT2LMHeadModel,
+    everything: Everything,
+    ids: torch.Tensor,
+    times: int,
+) -> None:
+    """Forward and caches against plain hooks that store the same."""
+
+    def some() -> Any:
+        return lens.run_with_cache(ids, names_filter=lambda n: n.endswith("hook_resid_post"))
+
+    cases: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+        "forward": (lambda: lens(ids), lambda: module(ids, use_cache=False)),
+        "run_with_cache, everything": (
+            lambda: lens.run_with_cache(ids, return_cache_object=False),
+            lambda: everything(ids),
+        ),
+        "run_with_cache, resid_post": (some, lambda: resid_post(module, ids)),
+    }
+    for name, (ours, plain) in cases.items():
+        found, theirs, mine = ratio(ours, plain, times)
+        size = f"{ids.shape[0]} × {ids.shape[1]}"
+        print(f"{name}, {size}: {found:.3f} × ({theirs:.1f} → {mine:.1f} ms)")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--times", type=int, default=9)
@@ -170,26 +196,10 @@ def main() -> None:
     everything = Everything(module)
     for batch, tokens in ((1, 32), (8, 128)):
         ids = torch.randint(0, 50257, (batch, tokens))
-        times = given.times if batch > 1 else 3 * given.times
-        cases = {
-            "forward": (lambda: lens(ids), lambda: module(ids, use_cache=False)),
-            "run_with_cache, everything": (
-                lambda: lens.run_with_cache(ids, return_cache_object=False),
-                lambda: everything(ids),
-            ),
-            "run_with_cache, resid_post": (
-                lambda: lens.run_with_cache(
-                    ids, names_filter=lambda n: n.endswith("hook_resid_post")
-                ),
-                lambda: resid_post(module, ids),
-            ),
-        }
-        for name, (ours, plain) in cases.items():
-            found, theirs, mine = ratio(ours, plain, times)
-            print(f"{name}, {batch} × {tokens}: {found:.3f} × ({theirs:.1f} → {mine:.1f} ms)")
+        overhead(lens, module, everything, ids, given.times if batch > 1 else 3 * given.times)
     if given.quick:
         return
-    ids, other = torch.randint(0, 50257, (1, 16)), torch.randint(0, 50257, (1, 16))
+    prompt, other = torch.randint(0, 50257, (1, 16)), torch.randint(0, 50257, (1, 16))
     _, cache = lens.run_with_cache(other)
     resid = {i: cache["resid_pre", i] for i in range(12)}
     z = {i: cache["z", i] for i in range(12)}
@@ -200,18 +210,18 @@ def main() -> None:
     for name, sweep, plain in (
         (
             "192 residual patches",
-            lambda: patching.get_act_patch_resid_pre(lens, ids, cache, metric),
-            lambda: cells_by_hand(module, ids, resid, 16),
+            lambda: patching.get_act_patch_resid_pre(lens, prompt, cache, metric),
+            lambda: cells_by_hand(module, prompt, resid, 16),
         ),
         (
             "144 head patches (z)",
-            lambda: patching.get_act_patch_attn_head_out_all_pos(lens, ids, cache, metric),
-            lambda: heads_by_hand(module, ids, z, "z"),
+            lambda: patching.get_act_patch_attn_head_out_all_pos(lens, prompt, cache, metric),
+            lambda: heads_by_hand(module, prompt, z, "z"),
         ),
         (
             "144 pattern patches, against as many z patches by hand",
-            lambda: patching.get_act_patch_attn_head_pattern_all_pos(lens, ids, cache, metric),
-            lambda: heads_by_hand(module, ids, z, "z"),
+            lambda: patching.get_act_patch_attn_head_pattern_all_pos(lens, prompt, cache, metric),
+            lambda: heads_by_hand(module, prompt, z, "z"),
         ),
     ):
         found, theirs, mine = ratio(sweep, plain, 2)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..envoy.names import write_name
+from ..envoy.names import Missing, write_name
 from ..envoy.spellings import lens_names
 from ..models.base import accepts
 from ..models.factored_matrix import FactoredMatrix
@@ -592,6 +592,17 @@ class HookedTransformer:
             raise InputError("the loss of a forward that starts inside needs `tokens`")
         loss = self.loss_fn(result, prompt.ids, prompt.mask, loss_per_token)
         return (loss if return_type == "loss" else Output(result, loss)), kept
+
+    @functools.cached_property
+    def unembeds_last(self) -> bool:
+        """The logits are what the unembedding gives, without a cap or a factor. Asked of the model."""
+        own = self._vocabulary.model_places().get("unembed_out")
+        if own is None or isinstance(own, Missing):
+            return False
+        with torch.no_grad(), self.model.trace([0, 1]) as tracer:
+            given = self._vocabulary.read(-1, "unembed_out").save()
+            logits = tracer.output.logits.save()
+        return torch.equal(given.value, logits.value)
 
     def _layer(self, index: int | None, what: str) -> int | None:
         if index is None:

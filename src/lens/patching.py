@@ -212,13 +212,16 @@ def _measured(
 ) -> list[torch.Tensor]:
     """The metric of a prompt with each of several changes: one block."""
     recorded = can_record(model, prompt, lambda tracer: metric(tracer.output.logits).save())
+    unembedded = model.unembeds_last
     values = []
     with torch.no_grad(), model.model.trace() as tracer:
         for change in changes:
             with tracer.invoke(**prompt):
                 record_hooks(model)
                 change()
-                logits = tracer.output.logits
+                # Of the unembedding alone, the planner can compute the positions that are used.
+                read = model._vocabulary.read
+                logits = read(-1, "unembed_out") if unembedded else tracer.output.logits
                 value = metric(logits) if recorded else apply(metric, logits)
                 values.append(value.save())
     return [number_of(one.value) for one in values]

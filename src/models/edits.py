@@ -85,6 +85,7 @@ def record(model: Any, inplace: bool) -> Edit:
     """A block that records edits, on top of those that there are."""
     target = model
     if not inplace:
+        _ = model.hooks  # a view has the policies of its model
         target = copy.copy(model)
         target._root, target._envoys = target, {}
 

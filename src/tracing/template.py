@@ -124,6 +124,7 @@ class Template:
                 values[node.index] = _copy(graph, node, CONSTANT, (step, None), {}, owner)
             elif target is POSITIONS and not recording.lasting:
                 rows = recording.ask().positions(args[0])
+                graph.fixed_positions = True
                 values[node.index] = _copy(graph, node, CONSTANT, (rows, None), {}, owner)
             elif target is TOKENS and not recording.lasting:
                 values[node.index] = self._index(recording, node, args, step)

@@ -372,7 +372,7 @@ class _Writer:
             return value
         if isinstance(value, np.generic):
             return self.value(value.item())
-        codec = _BY_TYPE.get(kind)
+        codec = _BY_TYPE.get(Operation if isinstance(value, Operation) else kind)
         if codec is None and kind is not list:
             return _write_number(value)
         self._depth += 1

@@ -60,9 +60,6 @@ def test_names_that_are_read(architecture: str) -> None:
         torch.testing.assert_close(one, box.value)
 
 
-@pytest.mark.xfail(
-    reason="wire.py writes operations by their exact class, and states have one of their own"
-)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_names_that_are_changed(architecture: str, name: str) -> None:
@@ -78,9 +75,6 @@ def test_names_that_are_changed(architecture: str, name: str) -> None:
     assert not torch.allclose(found[1], before)
 
 
-@pytest.mark.xfail(
-    reason="wire.py writes operations by their exact class, and states have one of their own"
-)
 def test_edits_of_computed_names_are_kept(tmp_path: Any) -> None:
     model = LanguageModel(build("llama"))
     with model.edit(inplace=True):

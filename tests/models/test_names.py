@@ -1486,7 +1486,6 @@ def test_an_edit_of_a_pattern_lasts(zoo: Zoo) -> None:
     same(logits, zoo.plain("llama", IDS, {(1, "pattern"): change}).logits, atol=1e-4)
 
 
-@pytest.mark.xfail(reason="operations of computed names are not among those that are sent")
 def test_an_edit_of_a_computed_name_is_saved(zoo: Zoo, tmp_path: Path) -> None:
     model: Any = LanguageModel(zoo("gpt2"))
     with model.edit() as edited:

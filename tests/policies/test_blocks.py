@@ -13,11 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import graftwork
+from graftwork import LanguageModel
 from graftwork.policies import functions
-from graftwork.tracing.errors import ShapeError, WireError
+from graftwork.tracing.errors import InputError, ShapeError, WireError
 from graftwork.tracing.wire import pack, unpack
 
-from ..models.conftest import random_prompts
+from ..models.conftest import build, random_prompts
 from .conftest import POINTS, close, fresh, hooked, module, numbers, plain, seen, size
 
 IDS, LONG = random_prompts(5, 7)
@@ -634,3 +635,23 @@ def test_nothing_is_left_after_reset(name: str) -> None:
     assert len(tracer.graph) <= 2  # not a node of a policy
     assert all(torch.equal(p, weights[n]) for n, p in module(name).named_parameters())
     assert not any(p.requires_grad for p in model.hooks.parameters())
+
+
+def test_a_compiled_block_with_counted_tokens_keeps_its_lengths() -> None:
+    model = LanguageModel(build("gpt2"))
+    model.hooks["mlp_pre_out"][1]["replace"].add_token(7, torch.ones(model.cfg.d_mlp))
+    with model.trace([1, 2, 3, 4, 5]) as tracer:
+        model.layers[1].mlp_post.save()
+    experiment = tracer.compile()
+    with pytest.raises(InputError, match="same lengths"):
+        experiment([1, 2, 3, 4, 5, 6, 7, 8, 9])
+
+
+def test_an_edited_view_has_the_policies_of_its_model() -> None:
+    model = LanguageModel(build("gpt2"))
+    with model.edit() as edited:
+        model.layers[0].z[:, :, 0] = 0
+    model.hooks["mlp_pre_out"][1].delete_neurons(remove_indices=torch.ones(model.cfg.d_mlp))
+    with edited.trace([1, 2, 3]):
+        neurons, heads = edited.layers[1].mlp_post.save(), edited.layers[0].z.save()
+    assert neurons.value.abs().max() == 0 and heads.value[:, :, 0].abs().max() == 0
