@@ -1,6 +1,6 @@
 """Owns the facts that the packaged model "graftwork/tiny" knows, by family, as documents.
 
-They are those of `tools/train_tiny.py`, which made its training text; a test holds the two equal.
+`tools/train_tiny.py` makes its training text of them.
 """
 
 from __future__ import annotations
