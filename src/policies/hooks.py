@@ -90,6 +90,12 @@ class Hooks:
         if not -count <= layer < count:
             raise UnavailableNameError.no_layer(layer, count)
         layer %= count
+        config = getattr(self._model.module_tree(), "config", None)
+        if kind in ("actadd", "replace") and getattr(config, "is_encoder_decoder", False):
+            raise UnavailableNameError(
+                f"`{kind}` counts the tokens of a prompt, and in this decoder other tokens "
+                "pass: edit `model.decoder_layers[i]` in a block."
+            )
         with self._lock:
             found = self._policies.get((point, layer), {})
             if kind not in found:

@@ -460,3 +460,22 @@ def test_hooks_move_with_the_dtype_of_the_model() -> None:
     assert model.hooks[POINT][1]["mask"].param.dtype == torch.float32
     model = LanguageModel(copy.deepcopy(wrap("llama").load()).double())
     assert model.hooks[POINT][1]["mask"].param.dtype == torch.float64
+
+
+def test_tokens_of_a_decoder_are_not_counted_as_the_prompts() -> None:
+    config = transformers.T5Config(
+        vocab_size=64,
+        d_model=16,
+        d_kv=4,
+        d_ff=24,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,
+    )
+    model = LanguageModel(transformers.T5ForConditionalGeneration(config).eval())
+    with pytest.raises(UnavailableNameError, match="counts the tokens of a prompt"):
+        model.hooks["mlp_pre_out"][1].add_token(0, torch.ones(24))
+    model.hooks["mlp_pre_out"][1].delete_neurons(remove_indices=torch.ones(24))
+    with model.trace([1, 2, 3], decoder_input_ids=torch.tensor([[0, 5]])):
+        neurons = model.decoder_layers[1].mlp_post.save()
+    assert neurons.value.abs().max() == 0
