@@ -59,9 +59,13 @@ def _state(name: str, function: Callable[..., tuple[Any, ...]]) -> Operation:
 
 
 def _part(
-    state: Operation, name: str, index: int, put: Callable[[Any, Any], tuple[Any, ...]]
+    state: Operation,
+    name: str,
+    index: int,
+    put: Callable[[Any, Any], tuple[Any, ...]],
+    fresh: bool = True,
 ) -> Derivation:
-    part = Operation(name, lambda state: state[index], VIEW, inverse=put, computed=True)
+    part = Operation(name, lambda state: state[index], VIEW, fresh, inverse=put, computed=True)
     return Derivation(state, _declared(part))
 
 
@@ -169,7 +173,7 @@ def _put_by_head(state: Any, part: Any) -> tuple[Any, ...]:
 
 #: The residual stream as each head takes it: projected queries (or keys, values) by head, resid_pre,
 #: gain and bias of the norm, the projection's weight and bias by head, epsilon, kind of the norm.
-HEAD_INPUT = _part(_state("with head_input", _by_head), "head_input", 1, _put_by_head)
+HEAD_INPUT = _part(_state("with head_input", _by_head), "head_input", 1, _put_by_head, fresh=False)
 
 
 # -------------------------------------------------------------------- in a block

@@ -612,14 +612,14 @@ class Run:
         """Let saved values lie in the forward's memory where nothing writes there later."""
         found = set()
         for node, _ in self.graph.saves:
-            root, computed = node, False
+            root, fresh = node, False
             while root.kind == CALL and root.target.effect is VIEW and not root.target.copies:
                 first = root.args[0] if root.args else None
                 if type(first) is not Node:
                     break
-                computed = computed or root.target.computed
+                fresh = fresh or root.target.fresh
                 root = first
-            if computed:  # nobody else has it
+            if fresh:  # nobody else has it
                 found.add(node.index)
             elif root.kind == READ and type(root.target) is HookPoint:
                 visit = schedule.find(root.target)

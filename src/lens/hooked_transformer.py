@@ -881,6 +881,10 @@ class HookedTransformer:
     ) -> tuple[Any, Any]:
         """One forward, and the values at its places.
 
+        Without hook functions, values lie in the memory in which the forward made them: those that are
+        one tensor there (`hook_resid_post` and the next `hook_resid_pre`, the logits and
+        `unembed.hook_out`) are one here. Clone what you change in place.
+
         Args:
             *args, **kwargs: of `forward`.
             names_filter: a name, names, or a function of a name; None for all places. Those that

@@ -15,6 +15,9 @@ from .vocabulary import Vocabulary
 #: Whole numbers: their change is not asked to change the logits.
 _COUNTED = frozenset({"expert_indices"})
 
+#: What a wrong place may raise, while it is recorded or run.
+_FAILURES = (GraftworkError, RuntimeError, ValueError, TypeError, AttributeError, IndexError)
+
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
@@ -154,20 +157,13 @@ class Verifier:
     def _read(self, wanted: list[tuple[int, str]]) -> Values:
         try:
             return self._trace(wanted)
-        except (GraftworkError, RuntimeError, ValueError, TypeError, AttributeError, IndexError):
+        except _FAILURES:
             pass  # one of them is wrong: which, is found by reading each alone
         values: Values = {}
         for layer, name in wanted:
             try:
                 values.update(self._trace([(layer, name)]))
-            except (
-                GraftworkError,
-                RuntimeError,
-                ValueError,
-                TypeError,
-                AttributeError,
-                IndexError,
-            ) as error:
+            except _FAILURES as error:
                 self._note(layer, name, "exists", f"{type(error).__name__}: {error}".split("\n")[0])
         return values
 
@@ -434,7 +430,7 @@ class Verifier:
                         edit(key)
                         changed[key] = self._logits(tracer).save()
             results = {key: box.value for key, box in changed.items()}
-        except (GraftworkError, RuntimeError, ValueError, TypeError, AttributeError, IndexError):
+        except _FAILURES:
             results = {}
             for key in names:
                 try:
@@ -442,14 +438,7 @@ class Verifier:
                         edit(key)
                         box = self._logits(tracer).save()
                     results[key] = box.value
-                except (
-                    GraftworkError,
-                    RuntimeError,
-                    ValueError,
-                    TypeError,
-                    AttributeError,
-                    IndexError,
-                ) as error:
+                except _FAILURES as error:
                     reason = f"{type(error).__name__}: {error}".split("\n")[0]
                     self._note(*key, "can be edited", reason)
         for key, logits in results.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -72,3 +73,41 @@ def test_what_a_forward_writes_again_is_copied() -> None:
         torch.testing.assert_close(first.value, expected)
         torch.testing.assert_close(second.value, module.second(expected))
         torch.testing.assert_close(whole.value, module(x))
+
+
+class Remembers(torch.nn.LayerNorm):
+    """Keeps what it was given."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.given = [x]
+        return super().forward(x)
+
+
+class Doubles(torch.nn.Module):
+    """Writes into what a norm was given, when nothing of the forward reads it any more."""
+
+    def __init__(self, inner: torch.nn.Module, norm: Remembers) -> None:
+        super().__init__()
+        self.inner, self.norm = inner, [norm]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.norm[0].given.pop().mul_(2)
+        return self.inner(x)  # type: ignore[no-any-return]
+
+
+def test_inputs_by_head_do_not_share_a_stream_that_is_written_again() -> None:
+    module = copy.deepcopy(build("gpt2"))
+    block, ids = module.transformer.h[1], torch.tensor([[5, 9, 2, 7]])
+    norm = Remembers(block.ln_1.normalized_shape)
+    norm.load_state_dict(block.ln_1.state_dict())
+    block.ln_1, block.mlp = norm, Doubles(block.mlp, norm)
+    with torch.no_grad():
+        expected = build("gpt2")(ids, output_hidden_states=True).hidden_states[1]
+        lens = HookedTransformer(module)
+        for _ in range(2):
+            _, cache = lens.run_with_cache(
+                ids, names_filter=["blocks.1.hook_q_input", "blocks.1.hook_resid_pre"]
+            )
+            torch.testing.assert_close(cache["blocks.1.hook_resid_pre"], expected)
+            found = cache["blocks.1.hook_q_input"]
+            torch.testing.assert_close(found, expected.unsqueeze(2).expand_as(found))
