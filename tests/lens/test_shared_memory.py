@@ -102,7 +102,8 @@ def test_inputs_by_head_do_not_share_a_stream_that_is_written_again() -> None:
     norm.load_state_dict(block.ln_1.state_dict())
     block.ln_1, block.mlp = norm, Doubles(block.mlp, norm)
     with torch.no_grad():
-        expected = build("gpt2")(ids, output_hidden_states=True).hidden_states[1]
+        # A copy: transformers leaves hooks of its own on the module.
+        expected = copy.deepcopy(build("gpt2"))(ids, output_hidden_states=True).hidden_states[1]
         lens = HookedTransformer(module)
         for _ in range(2):
             _, cache = lens.run_with_cache(
