@@ -107,6 +107,8 @@ class Envoy:
         # Written out, as this runs for every place that a block names.
         tracer = current_block.get()
         if tracer is None or tracer.model is not self._root:
+            if tracer is None and point is self._output and self._has_output():
+                return self.get("output")  # type: ignore[return-value]
             tracer = self._tracer(point)
         recording = tracer.recording
         invoke = recording.invoke
@@ -115,6 +117,10 @@ class Envoy:
         if recording.step:
             point = point._replace(step=recording.step)
         return read_in(recording, invoke, point, kind)
+
+    def _has_output(self) -> bool:
+        # BERT has submodules called `output`; outside of blocks there is no value that it could mean.
+        return "output" in self._root.submodule(self._path)._modules
 
     @property
     def output(self) -> Any:

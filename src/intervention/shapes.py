@@ -22,6 +22,9 @@ from ..tracing.structure import map_leaves
 from .rows import TOKEN, UNKNOWN, Opaque, TensorAxes, map_axes
 from .schedule import SIZES, Schedule
 
+#: What a module has under these names is no submodule.
+_PORTS = frozenset({"output", "input", "inputs", "skip", "source", "functions", "calls"})
+
 
 class Prompt(Protocol):
     """What a model made of the arguments of one invoke.
@@ -72,6 +75,26 @@ class Shapes:
 
     def device(self) -> torch.device:
         return self._structure.planned_device()
+
+    def namesake(self, point: HookPoint, name: str) -> Any:
+        """What `name` is in a submodule that is called as the port of `point` is.
+
+        Raises:
+            OperationError: it is a port of that submodule, which is named otherwise.
+        """
+        path = f"{point.path}.{point.port}" if point.path else point.port
+        model = self._tracer.model
+        below = model.submodule(point.path)._modules.get(point.port)
+        if below is None:
+            return None
+        if name in _PORTS:
+            raise OperationError(
+                f"`{path}` in a block is what `{point.path}` gives. The submodule that is called "
+                f'`{point.port}`, too, is `["{point.port}"]` of it: write '
+                f'`{point.path}["{point.port}"].{name}`.'
+            )
+        known = (below._modules, below._parameters, below._buffers)
+        return getattr(model.get(path), name) if any(name in one for one in known) else None
 
     def _prompts(self, node: Node) -> list[Prompt]:
         """What the invoke of `node` sees: its own prompt, or those of the whole batch."""

@@ -25,7 +25,7 @@ class Location(NamedTuple):
 
 def near(name: str, known: Iterable[str]) -> str:
     """A sentence with the names closest to `name`, or the first few if none is close."""
-    names = list(known)
+    names = list(dict.fromkeys(known))  # a submodule may be called as a port is
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     if close:
         return "Did you mean " + " or ".join(f"`{c}`" for c in close) + "?"

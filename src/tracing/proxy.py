@@ -342,6 +342,12 @@ class Proxy:
             return Method(self, name)
         if name.startswith("_"):
             raise AttributeError(f"a proxy has no attribute `{name}`")
+        place = self._place
+        if place is not None and place[1].port == "output":
+            # BERT has submodules called `output`: what the value does not have, they do.
+            meant = self._recording.ask().namesake(place[1], name)
+            if meant is not None:
+                return meant
         return _record(self._recording, FIELD, (self, name), {})
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -33,6 +33,10 @@ class Oracle(Protocol):
     def token_axis(self, node: Node) -> int:
         """Which axis of the value of `node` counts tokens."""
 
+    def namesake(self, point: HookPoint, name: str) -> Any:
+        """What `name` is in a submodule that is called as the port of `point` is; None if there is
+        no such submodule, or nothing of that name in it."""
+
     def sizes(self, node: Node) -> list[int | None]:
         """The sizes of a tensor; None where they are those of the prompts."""
 

@@ -5,8 +5,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import BertConfig, BertModel
 
 from graftwork import GraftworkError, LanguageModel, Model
+from graftwork.tracing.errors import OperationError
 
 V = torch.randn(64, generator=torch.Generator().manual_seed(3))
 
@@ -413,3 +415,60 @@ def test_weights_are_read_in_a_block_and_outside(gpt2: LanguageModel, ids: torch
         logits = gpt2.lm_head.output.save()
     assert torch.equal(rows.value, head[:3]) and gpt2.lm_head.weight is head
     torch.testing.assert_close(product.value, logits.value)
+
+
+# ------------------------------------------------------------------ a submodule called `output`
+
+
+@pytest.fixture(scope="session")
+def bert_module() -> BertModel:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=61,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=24,
+        max_position_embeddings=32,
+    )
+    return BertModel(config, add_pooling_layer=False).eval()
+
+
+def test_a_submodule_called_output_is_reached_as_torch_writes_it(bert_module: BertModel) -> None:
+    model = LanguageModel(bert_module)
+    layer = model.encoder.layer[1]
+    assert layer.output.path == "encoder.layer.1.output"
+    assert layer.output.dense.weight is bert_module.encoder.layer[1].output.dense.weight
+    assert layer.attention.output.LayerNorm.path == "encoder.layer.1.attention.output.LayerNorm"
+    found: dict[str, Any] = {}
+    places = {"layer": bert_module.encoder.layer[1]}
+    places["dense"] = places["layer"].output.dense
+    handles = [
+        one.register_forward_hook(lambda _m, _a, out, name=name: found.update({name: out}))
+        for name, one in places.items()
+    ]
+    with torch.no_grad():
+        bert_module(torch.tensor([[3, 4, 5]]))
+    for handle in handles:
+        handle.remove()
+    with model.trace([3, 4, 5]):
+        dense = layer.output.dense.output.save()
+        weight = layer.output.dense.weight.save()
+        whole, hidden = layer.output.save(), layer.output[0].save()
+        named = layer["output"].output.save()
+    assert torch.equal(dense.value, found["dense"])
+    assert torch.equal(weight.value, places["dense"].weight)
+    for value in (whole, hidden, named):  # the layer gives what its `output` gives
+        assert torch.equal(value.value, found["layer"])
+
+
+def test_a_port_of_a_submodule_called_output_has_another_spelling(bert_module: BertModel) -> None:
+    model = LanguageModel(bert_module)
+    with pytest.raises(OperationError, match=r'`encoder.layer.0\["output"\].input`'):
+        with model.trace([3, 4, 5]):
+            model.encoder.layer[0].output.input.save()
+
+
+def test_a_name_is_proposed_once(bert_module: BertModel) -> None:
+    with pytest.raises(GraftworkError, match="Did you mean `output`\\?"):
+        _ = LanguageModel(bert_module).encoder.layer[0].outpu
