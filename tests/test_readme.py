@@ -37,6 +37,12 @@ def test_example_runs(
     exec(compile(code, f"README.md, {heading}", "exec"), {"__name__": "readme"})
 
 
+def test_examples_leave_nothing_in_the_checkout() -> None:
+    written = re.findall(r'"([\w-]+\.(?:edits|json|safetensors|svg|png|pt|html|mmd|dot))"', TEXT)
+    assert "coder.edits" in written
+    assert [name for name in written if (README.parent / name).exists()] == []
+
+
 def test_picture_is_what_the_demo_draws() -> None:
     """Within a percentage point, since another processor may round another way."""
     effect = demo.patch(

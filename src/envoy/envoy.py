@@ -113,6 +113,7 @@ class Envoy:
         recording = tracer.recording
         invoke = recording.invoke
         if invoke < 0:
+            self._tracer(point)  # the block may have ended, in a task that was started in it
             raise BlockError.no_invoke(str(point))
         if recording.step:
             point = point._replace(step=recording.step)

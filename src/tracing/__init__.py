@@ -4,7 +4,7 @@ This room knows torch tensors and no modules. Nothing here runs a model.
 """
 
 from . import einops_backend as einops_backend
-from .context import Invoker, Tracer, current_tracer
+from .context import Invoker, Tracer, current_tracer, reset
 from .errors import GraftworkError
 from .graph import Graph
 from .node import HookPoint, Node
@@ -21,4 +21,5 @@ __all__ = [
     "Tracer",
     "apply",
     "current_tracer",
+    "reset",
 ]

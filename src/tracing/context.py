@@ -7,8 +7,10 @@ not see each other's blocks.
 from __future__ import annotations
 
 import copy
-from contextvars import ContextVar, Token
-from types import TracebackType
+import weakref
+from collections.abc import Callable
+from contextvars import ContextVar
+from types import MethodType, TracebackType
 from typing import Any, Protocol
 
 from .branches import Cond, record_stop
@@ -24,11 +26,65 @@ from .structure import leaves
 from .template import Template
 
 
+class Exit:
+    """`__exit__` of a block, which notes on which `with` statement the block is open.
+
+    A `with` looks its `__exit__` up before it enters and keeps what it got to its end, so the block
+    knows that it was left also where a Ctrl-C came before the first line of `__exit__`.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __get__(self, block: Block | None, owner: Any = None) -> Any:
+        if block is None:
+            return self._function
+        method = MethodType(self._function, block)
+        if not block.entered:
+            block.statement = weakref.ref(method)
+        return method
+
+
 class Block:
-    """What may be open in a thread: a block or a session of blocks."""
+    """What may be open in a thread: a block or a session of blocks.
+
+    Attributes:
+        location: the user's line.
+        outer: the session that it was opened in.
+        entered: it is or was open.
+        left: it has ended.
+        statement: what its `with` holds to its end; None where there is no such statement.
+    """
 
     model: Any
     recording: Recording
+    location: Location
+    outer: Block | None = None
+    entered = left = False
+    statement: weakref.ref[Any] | None = None
+
+    def open(self) -> None:
+        """Make this the block that is open in this thread and task."""
+        self.outer = open_block()
+        self.entered = True
+        current_block.set(self)
+
+    def close(self) -> None:
+        """Make the block around this one the open one, and end what is left open inside this one."""
+        self.left = True
+        chain = _chain()
+        if self in chain:
+            for inner in chain[: chain.index(self)]:
+                inner.abandon()
+            current_block.set(self.outer)
+
+    def is_open(self) -> bool:
+        # A task that was started in a block, or a generator that was closed elsewhere, still has it.
+        return not self.left and (self.statement is None or self.statement() is not None)
+
+    def abandon(self) -> None:
+        """End it without running it."""
+        self.left = True
 
     def admit(self, tracer: Tracer) -> Block | None:
         """Who runs a block that opens inside this one; None if it runs by itself.
@@ -36,7 +92,7 @@ class Block:
         Raises:
             BlockError: no block may open here.
         """
-        raise BlockError.block_in_block()
+        raise BlockError.block_in_block(self.location)
 
     def leave(self, tracer: Tracer, abandoned: bool) -> None:
         """A block that was taken in ends."""
@@ -46,10 +102,44 @@ class Block:
 current_block: ContextVar[Block | None] = ContextVar("graftwork_block", default=None)
 
 
+def _chain() -> list[Block]:
+    """The innermost block of this thread and task, and those that it was opened in."""
+    found, block = list[Block](), current_block.get()
+    while block is not None:
+        found.append(block)
+        block = block.outer
+    return found
+
+
+def open_block() -> Block | None:
+    """The block that is open in this thread and task. Those that were left are forgotten, with what
+    is inside them."""
+    chain = _chain()
+    over = [number for number, block in enumerate(chain) if not block.is_open()]
+    if not over:
+        return current_block.get()
+    for block in chain[: over[-1] + 1]:
+        block.abandon()
+    outer = chain[over[-1]].outer
+    current_block.set(outer)
+    return outer
+
+
+def reset() -> None:
+    """Close what is open in this thread and task, without running it.
+
+    For a block whose `with` cannot be left: of a generator that waits, of a bare `__enter__`, of a
+    notebook cell that was killed. Does nothing where no block is open.
+    """
+    for block in _chain():
+        block.abandon()
+    current_block.set(None)
+
+
 def current_tracer() -> Tracer | None:
     """The block that is open in this thread and task."""
     block = current_block.get()
-    return block if isinstance(block, Tracer) else None
+    return block if isinstance(block, Tracer) and block.is_open() else None
 
 
 class Backend(Protocol):
@@ -171,7 +261,6 @@ class Tracer(Block):
         self._backend = backend
         self._result: Any = None
         self.uses_output = False
-        self._token: Token[Block | None] | None = None
         self._session: Block | None = None
         self.location = user_line(3)
         self.part: Any = None
@@ -421,32 +510,36 @@ class Tracer(Block):
 
     def __repr__(self) -> str:
         name = "generate" if self.generates else "trace"
-        if self.recording.state is OPEN and self._token is None:
+        if self.recording.state is OPEN and not self.entered:
             return f"<{name} block that is not open: write `with model.{name}(...) as tracer:`>"
         prompts = sum(invoker.prompt is not None for invoker in self.invokes)
         state = self.recording.state
         return f"<{name} block, {state}: {prompts} prompts, {len(self.graph)} operations>"
 
     def __enter__(self) -> Tracer:
-        if self.recording.state is not OPEN or self._token is not None:
+        if self.recording.state is not OPEN or self.entered:
             raise BlockError.closed("with")
-        outer = current_block.get()
+        outer = open_block()
         if outer is not None:
             self._session = outer.admit(self)
-        self._token = current_block.set(self)
         if self._implicit is not None:
             self._implicit.__enter__()
+        self.open()
         return self
 
+    @Exit
     def __exit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        assert self._token is not None
-        current_block.reset(self._token)
         recording = self.recording
+        if self.left:
+            if kind is None:
+                raise BlockError.was_reset(self.location)
+            return
+        self.close()
         if self._implicit is not None and recording.caches:
             self._implicit.__exit__(kind, error, traceback)
         session, self._session = self._session, None
@@ -456,6 +549,14 @@ class Tracer(Block):
             recording.close(ABANDONED)
         elif session is None:
             self.run()
+
+    def abandon(self) -> None:
+        super().abandon()
+        session, self._session = self._session, None
+        if session is not None:
+            session.leave(self, True)
+        if self.recording.state is OPEN:
+            self.recording.close(ABANDONED)
 
     def run(self) -> None:
         """End the block: run it, once its `with` has ended."""

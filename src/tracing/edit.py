@@ -11,7 +11,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-from .context import Backend, Tracer, current_block
+from .context import Backend, Exit, Tracer, open_block
 from .errors import BlockError
 from .node import HookPoint
 from .proxy import Proxy
@@ -55,22 +55,27 @@ class Edit(Tracer):
         raise BlockError("an edit has no prompts: open `invoke` in a block of the edited model.")
 
     def admit(self, tracer: Tracer) -> Any:
-        raise BlockError("a block was opened inside `model.edit()`. Close the edit first.")
+        raise BlockError.block_in_edit(self.location)
 
     def __enter__(self) -> Any:
-        if current_block.get() is not None:
-            raise BlockError("`model.edit()` was opened inside a block. Open it outside.")
+        outer = open_block()
+        if outer is not None:
+            raise BlockError.edit_in_block(outer.location)
         super().__enter__()
         return self._given
 
+    @Exit
     def __exit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        assert self._token is not None and self._implicit is not None
-        current_block.reset(self._token)
+        if self.left:
+            if kind is None:
+                raise BlockError.was_reset(self.location)
+            return
+        self.close()
         recording = self.recording
         state = ABANDONED
         try:

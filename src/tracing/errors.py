@@ -45,6 +45,12 @@ def add_note(error: BaseException, note: str) -> None:
         error.args = (f"{error.args[0]}\n{note}", *error.args[1:])
 
 
+_CANNOT_CLOSE = (
+    "If its `with` is never left (a generator that waits, a bare `__enter__`), `graftwork.reset()` "
+    "closes it."
+)
+
+
 class GraftworkError(Exception):
     """Root of every error that graftwork raises by itself."""
 
@@ -110,17 +116,40 @@ class BlockError(GraftworkError):
         )
 
     @classmethod
-    def block_in_block(cls) -> BlockError:
+    def block_in_block(cls, location: Location) -> BlockError:
         return cls(
-            "A block was opened inside another block. Close the first one before, or put both prompts "
-            "into one block as two invokes."
+            f"A block was opened inside another block, which is open since {location}\n"
+            "Close that one before, or put both prompts into one block as two invokes. "
+            f"{_CANNOT_CLOSE}"
         )
 
     @classmethod
-    def session_in_block(cls) -> BlockError:
+    def session_in_block(cls, location: Location) -> BlockError:
         return cls(
             "A session was opened inside a block or another session, or a second time. Open one with "
-            "`with model.session():`, and the blocks inside it."
+            "`with model.session():`, and the blocks inside it. What is open began at "
+            f"{location}\n{_CANNOT_CLOSE}"
+        )
+
+    @classmethod
+    def edit_in_block(cls, location: Location) -> BlockError:
+        return cls(
+            f"`model.edit()` was opened inside a block, which is open since {location}\n"
+            f"Open it outside. {_CANNOT_CLOSE}"
+        )
+
+    @classmethod
+    def block_in_edit(cls, location: Location) -> BlockError:
+        return cls(
+            f"A block was opened inside `model.edit()`, which is open since {location}\n"
+            f"Close the edit first. {_CANNOT_CLOSE}"
+        )
+
+    @classmethod
+    def was_reset(cls, location: Location) -> BlockError:
+        return cls(
+            "The block was closed by `graftwork.reset()` before its end, so it has not run. It was "
+            f"opened at {location}"
         )
 
     @classmethod

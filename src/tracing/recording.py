@@ -120,7 +120,7 @@ class Recording:
     def close(self, state: str) -> None:
         """End the block. What was delivered belongs to the user's proxies alone from here on: no
         cycle may keep a dropped value until the garbage collector comes by."""
-        self.state = state
+        self.state, self.invoke = state, -1
         self.current.clear()
         self.parameters.clear()
         for handle in self.saved:

@@ -6,16 +6,15 @@ session empties it when the last block that uses it has run.
 
 from __future__ import annotations
 
-from contextvars import Token
 from types import TracebackType
 from typing import Any
 
 import torch
 
-from .context import Block, Tracer, current_block
+from .context import Block, Exit, Tracer, open_block
 from .errors import BlockError, ForeignProxyError
 from .graph import Box, Graph
-from .node import Later, Node
+from .node import Later, Node, user_line
 from .proxy import Proxy
 from .recording import ABANDONED, OPEN, Recording
 from .structure import leaves
@@ -34,7 +33,7 @@ class Session(Block):
         self.blocks: list[Tracer] = []
         self._open: Tracer | None = None
         self._laters: dict[tuple[int, int], Later] = {}
-        self._token: Token[Block | None] | None = None
+        self.location = user_line(3)
 
     def admit(self, tracer: Tracer) -> Session | None:
         if tracer.recording.no_values is not None:
@@ -90,31 +89,45 @@ class Session(Block):
     # ---------------------------------------------------------------- the end
 
     def __enter__(self) -> Session:
-        if current_block.get() is not None or self._token is not None:
-            raise BlockError.session_in_block()
-        self._token = current_block.set(self)
+        outer = open_block()
+        if outer is not None or self.entered:
+            raise BlockError.session_in_block((outer or self).location)
+        self.open()
         return self
 
+    @Exit
     def __exit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        assert self._token is not None
-        current_block.reset(self._token)
+        if self.left:
+            if kind is None:
+                raise BlockError.was_reset(self.location)
+            return
+        self.close()
         try:
             if kind is None:
                 self._run()
         finally:
-            for tracer in self.blocks:
-                if tracer.recording.state is OPEN:
-                    tracer.recording.close(ABANDONED)
-            for later in self._laters.values():
-                later.drop()
-            self._laters.clear()
+            self._drop()
+
+    def abandon(self) -> None:
+        super().abandon()
+        self._drop()
+
+    def _drop(self) -> None:
+        for tracer in self.blocks:
+            if tracer.recording.state is OPEN:
+                tracer.recording.close(ABANDONED)
+        for later in self._laters.values():
+            later.drop()
+        self._laters.clear()
 
     def _run(self) -> None:
+        for tracer in [one for one in self.blocks if not one.left]:
+            tracer.abandon()
         used: list[set[Later]] = [set() for _ in self.blocks]
         last: dict[Later, int] = {}
         for number in reversed(range(len(self.blocks))):

@@ -669,6 +669,98 @@ def test_block_inside_a_block(toy: Model, x: torch.Tensor) -> None:
                 pass
 
 
+def test_a_block_whose_with_is_never_left_is_named_and_can_be_closed(
+    toy: Model, x: torch.Tensor
+) -> None:
+    def waits() -> Iterator[None]:
+        with toy.trace(x):
+            yield
+
+    waiting = waits()
+    next(waiting)
+    for opens in (toy.trace, toy.scan):
+        with pytest.raises(GraftworkError, match=HERE + r".*toy\.trace\(x\)(.|\n)*reset\(\)"):
+            with opens(x):
+                pass
+    for other in (toy.session, toy.edit):
+        with pytest.raises(GraftworkError, match=HERE + r".*toy\.trace\(x\)(.|\n)*reset\(\)"):
+            with other():
+                pass
+    graftwork.reset()
+    assert current_tracer() is None
+    with toy.trace(x):
+        found = toy.mid.output.save()
+    assert found.shape == toy.load().mid(x).shape
+    with pytest.raises(GraftworkError, match=r"closed by `graftwork\.reset\(\)`.*has not run"):
+        next(waiting)
+
+    opened = [toy.trace(x), toy.session(), toy.edit()]
+    for block in opened:
+        block.__enter__()
+        graftwork.reset()
+        with toy.trace(x):
+            again = toy.mid.output.save()
+        assert torch.equal(again.value, found.value)
+        block.__exit__(KeyError, KeyError(), None)
+    session = toy.session()
+    session.__enter__()
+    toy.trace(x).__enter__()
+    graftwork.reset()
+    graftwork.reset()
+    with toy.trace(x):
+        pass
+
+
+def test_a_generator_that_is_closed_elsewhere_leaves_no_block_open(
+    toy: Model, x: torch.Tensor
+) -> None:
+    def waits() -> Iterator[None]:
+        with toy.trace(x):
+            yield
+
+    waiting = waits()
+    next(waiting)
+    thread = threading.Thread(target=waiting.close)
+    thread.start()
+    thread.join()
+    with toy.trace(x):
+        found = toy.mid.output.save()
+    assert found.value.shape[0] == x.shape[0]
+
+
+def test_a_task_outlives_the_block_that_it_was_started_in(toy: Model, x: torch.Tensor) -> None:
+    async def later() -> torch.Tensor:
+        with pytest.raises(GraftworkError, match="only known inside a block"):
+            toy.mid.output
+        with toy.trace(x):
+            found = toy.mid.output.save()
+        return found.value
+
+    async def main() -> torch.Tensor:
+        with toy.trace(x):
+            task = asyncio.create_task(later())
+        return await task
+
+    with toy.trace(x):
+        expected = toy.mid.output.save()
+    assert torch.equal(asyncio.run(main()), expected.value)
+
+
+def test_what_a_session_left_open_ends_with_it(toy: Model, x: torch.Tensor) -> None:
+    def waits() -> Iterator[Any]:
+        with toy.trace(x):
+            yield toy.mid.output.save()
+
+    with toy.session():
+        waiting = waits()
+        lost = next(waiting)
+    assert current_tracer() is None
+    with pytest.raises(GraftworkError, match="nothing ran"):
+        lost.value
+    with toy.trace(x):
+        pass
+
+
 def test_no_invoke_is_open(toy: Model, x: torch.Tensor) -> None:
     with pytest.raises(GraftworkError, match=r"`mid\.output` was used in a block but in no invoke"):
         with toy.trace():
