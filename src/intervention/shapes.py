@@ -292,7 +292,13 @@ class Fakes:
         self._size = size
         self._schedule = schedule
         self._values: dict[int, Any] = {}
+        # Whose value each is: a loop's nodes make way for others when it ends, which take their
+        # numbers.
+        self._owners: dict[int, Node] = {}
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def _has(self, node: Node) -> bool:
+        return self._owners.get(node.index) is node
 
     def value(self, node: Node) -> Any:
         """The fake value of `node`.
@@ -300,18 +306,20 @@ class Fakes:
         Raises:
             ScheduleError: the model cannot be run fake, or never reaches that place.
         """
-        values = self._values
         waiting = [node]  # not recursive: a loop in a block makes a chain of thousands of nodes
         while waiting:
             last = waiting[-1]
-            missing = [a for a in arguments(last) if a.index not in values]
-            if missing and last.index not in values:
+            if self._has(last):
+                waiting.pop()
+                continue
+            missing = [a for a in arguments(last) if not self._has(a)]
+            if missing:
                 waiting += missing
                 continue
             waiting.pop()
-            if last.index not in values:
-                values[last.index] = self._read(last) if last.kind == READ else self._evaluate(last)
-        return values[node.index]
+            value = self._read(last) if last.kind == READ else self._evaluate(last)
+            self._values[last.index], self._owners[last.index] = value, last
+        return self._values[node.index]
 
     def _evaluate(self, node: Node) -> Any:
         interpreter = _MetaInterpreter(

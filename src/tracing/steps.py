@@ -115,5 +115,6 @@ class Steps:
         recording.step, recording.current, graph.writes, graph.saves, *others = self._kept
         graph.passed, graph.stops, recording.no_values = others
         recording.loop, recording.around, self._kept = None, {}, ()
+        recording.decided = None  # a condition of the loop is none of what comes behind it
         for step in self._steps if kind is None else ():
             template.place(recording, step)
