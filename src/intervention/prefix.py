@@ -83,8 +83,8 @@ class Prefix:
         for invoke in invokes:
             part = self._kept[self._stands[invoke], one.starts[invoke] - 1]
             if part.shape[1] < width:
-                front = part.new_zeros((part.shape[0], width - part.shape[1], *part.shape[2:]))
-                part = torch.cat((front, part), dim=1)
+                rest = part.new_zeros((part.shape[0], width - part.shape[1], *part.shape[2:]))
+                part = torch.cat((part, rest) if run.pads_right else (rest, part), dim=1)
             parts.append(part[:, one.cut :])
         # Always a copy: the model may write there, and others may start from it later.
         return torch.cat(parts) if len(parts) > 1 else parts[0].clone()

@@ -65,13 +65,20 @@ class Place:
 
     Attributes:
         start, count: its prompts among those of the pass.
-        tokens: its own tokens so far, the longest prompt's if it has several. They end where the
-            batch ends: padding is on the left.
+        tokens: its own tokens so far, the longest prompt's if it has several.
+        first: they begin where the batch begins, and padding is on the right; else they end where it
+            ends.
     """
 
     start: int
     count: int
     tokens: int
+    first: bool = False
+
+    def own(self, tensor: torch.Tensor, dimension: int, tokens: int) -> torch.Tensor:
+        """Its own entries on an axis of `tensor` that counts tokens."""
+        padding = tensor.shape[dimension] - tokens
+        return tensor.narrow(dimension, 0 if self.first else padding, tokens)
 
 
 def region(
@@ -91,15 +98,13 @@ def region(
             k = axis.factor * each
             tensor = tensor.narrow(dimension, place.start * k, place.count * k)
         elif axis.role == TOKEN and axis.factor == 1:
-            own = min(place.tokens, tensor.shape[dimension])
-            tensor = tensor.narrow(dimension, tensor.shape[dimension] - own, own)
+            tensor = place.own(tensor, dimension, min(place.tokens, tensor.shape[dimension]))
         elif axis.role == BATCH_TOKEN:
             width = tensor.shape[dimension] // rows
-            own = min(place.tokens * axis.factor, width)
             tensor = tensor.unflatten(dimension, (rows, width))  # type: ignore[no-untyped-call]
             tensor = tensor.narrow(dimension, place.start * each, place.count * each)
             dimension += 1
-            tensor = tensor.narrow(dimension, width - own, own)
+            tensor = place.own(tensor, dimension, min(place.tokens * axis.factor, width))
         dimension += 1
     return tensor
 

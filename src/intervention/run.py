@@ -121,6 +121,7 @@ class Run:
         sites: the ports to hook in the current pass.
         suspended: a module is applied by hand now, so its arrivals are not the forward's.
         generates: the forwards are those of a generation.
+        pads_right: shorter rows of a batch begin where it begins, and not end where it ends.
         front: the first tokens of a pass that does not compute them.
         stopped: for each invoke that was stopped, after which step, and by which node.
         places: where each invoke lies in the batch; None if every invoke sees the whole value.
@@ -144,7 +145,7 @@ class Run:
         self.suspended = False
         self.places: dict[int, Place] | None = None
         self.front: Front | None = None
-        self.generates = False
+        self.generates = self.pads_right = False
         self._schedule: Callable[[], Schedule] | None = None
         self._known: Schedule | None = None
         self._call_module = call_module
@@ -245,7 +246,7 @@ class Run:
             return
         start, places = 0, {}
         for invoke, (count, width) in self._extents.items():
-            places[invoke] = Place(start, count, width + grown)
+            places[invoke] = Place(start, count, width + grown, self.pads_right)
             start += count
         for invoke, stands in self._shared.items():
             places[invoke] = places[stands]

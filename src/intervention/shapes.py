@@ -53,6 +53,10 @@ class Structure(Protocol):
 
     def planned_device(self) -> torch.device: ...
 
+    @property
+    def pads_right(self) -> bool:
+        """True if the shorter rows of a batch are padded on the right."""
+
     def keeps_cache(self, tracer: Tracer) -> bool:
         """False if every forward of the generation sees all tokens so far."""
 
@@ -112,9 +116,11 @@ class Shapes:
         if step and self._structure.keeps_cache(self._tracer):
             return [(0, 1)] * sum(len(p.spans) for p in prompts), 1
         width = max((p.width for p in prompts), default=0)
+        right = self._structure.pads_right
+        before = [0 if right else width - p.width for p in prompts]
         spans = [
-            (start + width - p.width, stop + width - p.width + step)
-            for p in prompts
+            (start + shift, stop + shift + step)
+            for p, shift in zip(prompts, before, strict=True)
             for start, stop in p.spans
         ]
         return spans, width + step

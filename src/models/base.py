@@ -416,6 +416,10 @@ class Model(Envoy):
 
     # ---------------------------------------------------------------- structure, for shapes
 
+    @property
+    def pads_right(self) -> bool:
+        return False
+
     def keeps_cache(self, tracer: Tracer) -> bool:
         return True
 

@@ -21,6 +21,10 @@ logger = logging.getLogger("graftwork")
 class Entry(Protocol):
     """How a kind of model is entered, and what it makes of the result."""
 
+    @property
+    def pads_right(self) -> bool:
+        """True if the shorter rows of a batch are padded on the right."""
+
     def schedule(self, prompt: Any = None, tracer: Tracer | None = None) -> Schedule: ...
 
     def apply_module(self, path: str, *args: Any, **kwargs: Any) -> Any: ...
@@ -71,6 +75,7 @@ class Execution:
         self._run = Run(graph, work, entry.apply_module, entry.parameter)
         shares = any(one.base or one.starts or one.keep for one in work.passes)
         self._run.generates = tracer.generates
+        self._run.pads_right = entry.pads_right
         if work.settings.share_memory and len(work.passes) == 1:
             self._run.lend(self._schedule(work.passes[0]))
         # The smallest batch that did not fit into memory, in tokens.

@@ -17,7 +17,7 @@ from ..tracing.errors import InputError, LoadError, near
 from ..tracing.node import READ, WRITE
 from ..tracing.structure import ATOMS
 from . import calls
-from .architectures import IDS, POSITIONS, alias_of, padding_of
+from .architectures import IDS, POSITIONS, alias_of, padding_of, pads_right
 from .base import Model, accepts
 from .execution import settings_of
 from .loading import Checkpoint, classifies_images
@@ -124,6 +124,7 @@ class LanguageModel(Model):
             name,
             pad=self.config.pad_token_id if self._padding == IDS else None,
             pads=self._padding is not None,
+            right=pads_right(self.config),
         )
         self._keeps_logits = accepts(forward, "logits_to_keep")
         self._takes_cache = accepts(forward, "use_cache")
@@ -204,6 +205,10 @@ class LanguageModel(Model):
             # The other implementations have shapes that depend on data, or fake kernels for bf16 only.
             skeleton.set_experts_implementation("batched_mm")  # type: ignore[operator]
         return skeleton
+
+    @property
+    def pads_right(self) -> bool:
+        return self._reader.right
 
     def _kind_of(self, prompt: Any) -> str:
         return ""
@@ -502,7 +507,8 @@ class LanguageModel(Model):
         cache: Any = None,
     ) -> Any:
         positions = self._takes_positions and not tracer.generates
-        inputs = batch(prompts, self._reader.pad, positions, self._input_device(module))
+        device, right = self._input_device(module), self.pads_right
+        inputs = batch(prompts, self._reader.pad, positions, device, right)
         if not self._takes_mask:
             inputs.pop("attention_mask")
         options = dict(tracer.kwargs)

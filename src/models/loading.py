@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ..tracing.errors import LoadError, near
+from .architectures import pads_right
 
 logger = logging.getLogger("graftwork")
 
@@ -151,7 +152,8 @@ class Checkpoint:
         from transformers import AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self._folder, padding_side="left", **self.hub)
+            side = "right" if pads_right(self.config) else "left"
+            tokenizer = AutoTokenizer.from_pretrained(self._folder, padding_side=side, **self.hub)
         except (OSError, ValueError, KeyError, TypeError) as error:
             # Reported where a string prompt needs it: models are also run on token ids alone.
             logger.info("no tokenizer for %r: %s", self.name, error)

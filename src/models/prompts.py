@@ -1,7 +1,7 @@
 """Owns prompts: from what the user gives to token ids, and from several prompts to one batch.
 
-Padding is on the left, with the attention mask and position ids that make each row compute what it
-computes alone.
+Padding is on the left, and for encoders on the right, with the attention mask and position ids that
+make each row compute what it computes alone.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class TextPrompt:
 
     Attributes:
         inputs: model inputs [row, token] (`inputs_embeds` [row, token, d_model]), rows of different
-            lengths padded on the left; always with `attention_mask`.
+            lengths padded; always with `attention_mask`.
         spans: where the tokens of each row begin and end in it; outside is padding.
         lengths: own tokens of each row.
         width: tokens of the longest row.
@@ -72,6 +72,7 @@ class Reader:
         limit: longest prompt in tokens that the model's position table holds, None without one.
         vocabulary: number of token ids.
         pads: rows of different lengths may share a forward of this model.
+        right: their padding is on the right.
     """
 
     def __init__(
@@ -82,12 +83,14 @@ class Reader:
         name: str,
         pad: int | None = None,
         pads: bool = True,
+        right: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self.limit = limit
         self.vocabulary = vocabulary
         self.name = name
         self.pads = pads
+        self.right = right
         self._known_pad = pad
 
     @property
@@ -199,7 +202,7 @@ class Reader:
         result = self._pad(ids)
         types = encoded.get("token_type_ids")
         if types is not None:
-            result["token_type_ids"] = pad_left([torch.tensor(t) for t in types], 0)
+            result["token_type_ids"] = pad([torch.tensor(t) for t in types], 0, self.right)
         return result
 
     def _pad(self, ids: list[torch.Tensor]) -> dict[str, Any]:
@@ -212,8 +215,8 @@ class Reader:
                 "known to compute the same with it. Give each prompt an invoke of its own."
             )
         return {
-            "input_ids": pad_left(ids, self.pad),
-            "attention_mask": pad_left([torch.ones_like(row) for row in ids], 0),
+            "input_ids": pad(ids, self.pad, self.right),
+            "attention_mask": pad([torch.ones_like(row) for row in ids], 0, self.right),
         }
 
 
@@ -243,26 +246,32 @@ def _rows(name: str, value: Any) -> torch.Tensor:
     return tensor.long() if name == "input_ids" else tensor
 
 
-def pad_left(rows: list[torch.Tensor], fill: Any) -> torch.Tensor:
-    """Rows of different lengths as one tensor [row, token, …], padded on the left."""
+def pad(rows: list[torch.Tensor], fill: Any, right: bool) -> torch.Tensor:
+    """Rows of different lengths as one tensor [row, token, …], padded on the left or the right."""
     width = max(row.shape[0] for row in rows)
     if all(row.shape[0] == width for row in rows):
         return torch.stack(rows)
     padded = rows[0].new_full((len(rows), width, *rows[0].shape[1:]), fill)
     for i, row in enumerate(rows):
-        padded[i, width - row.shape[0] :] = row
+        start = 0 if right else width - row.shape[0]
+        padded[i, start : start + row.shape[0]] = row
     return padded
 
 
 def batch(
-    prompts: list[TextPrompt], pad: int, with_positions: bool, device: torch.device
+    prompts: list[TextPrompt],
+    fill_id: int,
+    with_positions: bool,
+    device: torch.device,
+    right: bool = False,
 ) -> dict[str, Any]:
     """The model inputs of several prompts together.
 
     Args:
-        pad: token id that fills the padding.
+        fill_id: token id that fills the padding.
         with_positions: add `position_ids` where padding or several rows need them.
         device: where the model takes its inputs.
+        right: padding is on the right.
 
     Raises:
         InputError: prompts have different kinds of inputs.
@@ -280,12 +289,12 @@ def batch(
                 raise InputError(f"`{key}` differs between the prompts of one block.")
             result[key] = value.to(device) if isinstance(value, torch.Tensor) else value
     for name in prompts[0].inputs:
-        fill = pad if name == "input_ids" else PER_TOKEN[name]
+        fill = fill_id if name == "input_ids" else PER_TOKEN[name]
         if len(prompts) == 1:
             result[name] = prompts[0].inputs[name].to(device)
         else:
             rows = [row.to(device) for prompt in prompts for row in prompt.inputs[name]]
-            result[name] = pad_left(rows, fill)
+            result[name] = pad(rows, fill, right)
     mask = result["attention_mask"]
     if with_positions and "position_ids" not in result and mask.ndim == 2:
         leading = (mask.long().cumsum(1) == 0).sum(1, keepdim=True)

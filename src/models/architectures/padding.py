@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-#: How rows of different lengths share a forward and still compute what each computes alone. With
-#: left padding and its mask, these architectures need position ids:
+#: With padding and its mask, these architectures need position ids:
 _BY_POSITIONS = frozenset(
     "albert apertus arcee bert bert-generation biogpt bitnet cohere cohere2 ctrl deberta "
     "deberta-v2 diffllama distilbert electra ernie ernie4_5 exaone4 falcon flex_olmo gemma gemma2 "
@@ -26,11 +25,20 @@ _BY_IDS = frozenset(
 # architectures that take both mask and position ids, RecurrentGemma, ConvBERT, MobileBERT, MPNet and
 # others compute something else for a padded row.
 
+#: Encoders of these: what they make of the whole prompt, they take from its first token. So theirs is
+#: the batch's first, and padding is on the right. As decoders (`is_decoder`) they are padded on the
+#: left, as all others, whose last token is what counts.
+_ENCODERS = frozenset(
+    "albert bert camembert data2vec-text deberta deberta-v2 distilbert electra ernie esm megatron-bert "
+    "modernbert rembert roberta roberta-prelayernorm roc_bert squeezebert xlm-roberta "
+    "xlm-roberta-xl".split()
+)
+
 POSITIONS, MASK, IDS = "positions", "mask", "ids"
 
 
 def padding_of(config: Any) -> str | None:
-    """What makes a left-padded row compute what it computes alone: POSITIONS, MASK or IDS.
+    """What makes a padded row compute what it computes alone: POSITIONS, MASK or IDS.
 
     None where that is not known: then rows of different lengths must not share a forward.
     """
@@ -38,3 +46,8 @@ def padding_of(config: Any) -> str | None:
         if config.model_type in names:
             return kind
     return None
+
+
+def pads_right(config: Any) -> bool:
+    """True where a row's tokens begin where the batch begins."""
+    return config.model_type in _ENCODERS and not getattr(config, "is_decoder", False)

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
+from graftwork import LanguageModel
 from graftwork.intervention.rows import BATCH, FIXED, TOKEN, splits
 from graftwork.tracing.node import HookPoint
 
@@ -165,8 +167,44 @@ def test_rows_of_one_invoke_have_their_own_positions(architecture: str, tools: A
         assert tools.difference(last.value[i], row[0, -1]) is None
         assert tools.difference(ends.value[i], row[0, -3:-1]) is None
         own = solo[i]["", "output"].logits[0]
-        assert tools.difference(logits.value[i, -len(own) :], own) is None
+        start = 0 if model.pads_right else 9 - len(own)
+        assert tools.difference(logits.value[i, start : start + len(own)], own) is None
     assert tools.difference(other.value, rows[2]) is None
+
+
+@pytest.mark.parametrize("kind", ["Bert", "Roberta", "DistilBert", "Electra", "Albert"])
+def test_what_an_encoder_takes_from_the_first_token_is_the_prompts_own(
+    kind: str, tools: Any
+) -> None:
+    """A pooler or a classifier reads `[:, 0]`: padding there would be another prompt's."""
+    torch.manual_seed(0)
+    named = {
+        "hidden_size": "dim",
+        "intermediate_size": "hidden_dim",
+        "num_hidden_layers": "n_layers",
+    }
+    sizes = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "max_position_embeddings": 40, "embedding_size": 16}
+    if kind == "DistilBert":
+        sizes = {named.get(name, name): size for name, size in sizes.items()} | {"n_heads": 4}
+    config = getattr(transformers, f"{kind}Config")(**sizes, num_labels=3)
+    module = getattr(transformers, f"{kind}ForSequenceClassification")(config).eval()
+    model: Any = LanguageModel(module)
+    prompts = tools.prompts(6, 3)
+    with torch.no_grad():
+        expected = torch.cat([module(input_ids=prompt[None]).logits for prompt in prompts])
+    saved, rows = [], list[int]()
+    counter = forwards(module, rows)
+    with model.trace() as tracer:
+        for prompt in prompts:
+            with tracer.invoke(prompt):
+                saved.append(model.output.logits.save())
+    with model.trace([prompt.tolist() for prompt in prompts]):
+        together = model.output.logits.save()
+    counter.remove()
+    assert rows == [2, 2]
+    assert tools.difference(torch.cat([value.value for value in saved]), expected) is None
+    assert tools.difference(together.value, expected) is None
 
 
 def plain_generation(module: Any, prompt: torch.Tensor, **options: Any) -> torch.Tensor:
