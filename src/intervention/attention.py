@@ -10,9 +10,11 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 #: Ports that begin so are operations inside the forward as it runs with eager attention.
 EAGER = "eager"
@@ -40,13 +42,15 @@ def with_eager_attention(
         if not listens():
             return forward(*args, **kwargs)
         bound = signature.bind(*args, **kwargs)
+        hidden = next(iter(bound.arguments.values()))
         if mask is not None:
-            hidden = next(iter(bound.arguments.values()))
             given = bound.arguments.get(mask)
             bound.arguments[mask] = _additive(module, given, hidden)
         module.config = eager
+        wide = hidden.dtype == torch.float64
         try:
-            result = forward(*bound.args, **bound.kwargs)
+            with _SoftmaxInOwnType() if wide else nullcontext():
+                result = forward(*bound.args, **bound.kwargs)
         finally:
             module.config = config
         # Fused attention gives None for its weights; nothing behind it may see a difference.
@@ -55,6 +59,17 @@ def with_eager_attention(
         return result
 
     return switched
+
+
+class _SoftmaxInOwnType(TorchFunctionMode):
+    """Keeps float64 where an eager function takes its softmax in float32, as fused attention does. In
+    float32 the lowest float64, which masks, would be minus infinity, and a whole row of it NaN."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if kwargs.get("dtype") is torch.float32 and getattr(func, "__name__", "") == "softmax":
+            kwargs = {**kwargs, "dtype": torch.float64}
+        return func(*args, **kwargs)
 
 
 def _additive(

@@ -17,7 +17,7 @@ from ..tracing.errors import InputError, LoadError, near
 from ..tracing.node import READ, WRITE
 from ..tracing.structure import ATOMS
 from . import calls
-from .architectures import IDS, POSITIONS, alias_of, padding_of, pads_right
+from .architectures import IDS, POSITIONS, alias_of, padding_of, pads, pads_right
 from .base import Model, accepts
 from .execution import settings_of
 from .loading import Checkpoint, classifies_images
@@ -123,7 +123,7 @@ class LanguageModel(Model):
             self._vocabulary(),
             name,
             pad=self.config.pad_token_id if self._padding == IDS else None,
-            pads=self._padding is not None,
+            pads=self._pads,
             right=pads_right(self.config),
         )
         self._keeps_logits = accepts(forward, "logits_to_keep")
@@ -205,6 +205,9 @@ class LanguageModel(Model):
             # The other implementations have shapes that depend on data, or fake kernels for bf16 only.
             skeleton.set_experts_implementation("batched_mm")  # type: ignore[operator]
         return skeleton
+
+    def _pads(self) -> bool:
+        return pads(self.config, self.module_tree())
 
     @property
     def pads_right(self) -> bool:
@@ -445,7 +448,7 @@ class LanguageModel(Model):
         if "labels" in prompt.inputs:
             return kinds, id(prompt)  # a loss is the mean over all prompts of a batch
         counted = self._padding == IDS and "inputs_embeds" in prompt.inputs
-        if self._padding is not None and not counted:
+        if not counted and self._pads():
             return kinds
         return kinds, prompt.width, any(n != prompt.width for n in prompt.lengths)
 

@@ -6,7 +6,7 @@ make each row compute what it computes alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -71,7 +71,7 @@ class Reader:
         tokenizer: for strings; None refuses them.
         limit: longest prompt in tokens that the model's position table holds, None without one.
         vocabulary: number of token ids.
-        pads: rows of different lengths may share a forward of this model.
+        pads: asked whether rows of different lengths may share a forward of this model.
         right: their padding is on the right.
     """
 
@@ -82,7 +82,7 @@ class Reader:
         vocabulary: int | None,
         name: str,
         pad: int | None = None,
-        pads: bool = True,
+        pads: Callable[[], bool] = lambda: True,
         right: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
@@ -209,7 +209,7 @@ class Reader:
         if any(row.numel() == 0 for row in ids):
             raise InputError("a prompt of the list is empty: it has no tokens.")
         lengths = sorted({row.numel() for row in ids})
-        if not self.pads and len(lengths) > 1:
+        if len(lengths) > 1 and not self.pads():
             raise InputError(
                 f"a list of prompts of {lengths} tokens would need padding, and {self.name} is not "
                 "known to compute the same with it. Give each prompt an invoke of its own."

@@ -1,7 +1,7 @@
 """One file an architecture, and the registry that finds them."""
 
 from .architecture import Architecture, Block, Norm, Part, Weight, decoder
-from .padding import IDS, POSITIONS, padding_of, pads_right
+from .padding import IDS, POSITIONS, padding_of, pads, pads_right
 from .registry import alias_of, architecture_of, declared, register, stacks_of
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "declared",
     "decoder",
     "padding_of",
+    "pads",
     "pads_right",
     "register",
     "stacks_of",

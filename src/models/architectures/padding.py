@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 #: With padding and its mask, these architectures need position ids:
 _BY_POSITIONS = frozenset(
     "albert apertus arcee bert bert-generation biogpt bitnet cohere cohere2 ctrl deberta "
@@ -34,6 +36,10 @@ _ENCODERS = frozenset(
     "xlm-roberta-xl".split()
 )
 
+#: Attention that is not fused takes the softmax in float32 but for these. There the lowest float64,
+#: which masks, is minus infinity: a padded query, which sees nothing, gives NaN to all behind it.
+_SOFTMAX_IN_OWN_TYPE = frozenset("falcon falcon_mamba gpt2 gpt_neo gptj mamba mamba2".split())
+
 POSITIONS, MASK, IDS = "positions", "mask", "ids"
 
 
@@ -51,3 +57,14 @@ def padding_of(config: Any) -> str | None:
 def pads_right(config: Any) -> bool:
     """True where a row's tokens begin where the batch begins."""
     return config.model_type in _ENCODERS and not getattr(config, "is_decoder", False)
+
+
+def pads(config: Any, module: torch.nn.Module) -> bool:
+    """True if rows of different lengths may share a forward of a model."""
+    first = next(module.parameters(), None)
+    if padding_of(config) is None or first is None or first.dtype != torch.float64:
+        return padding_of(config) is not None
+    fused = getattr(config, "_attn_implementation", None) not in (None, "eager")
+    fused = fused and bool(getattr(module, "_supports_sdpa", False))
+    # On the right, every query sees the first token.
+    return fused or pads_right(config) or config.model_type in _SOFTMAX_IN_OWN_TYPE

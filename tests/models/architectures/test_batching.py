@@ -3,6 +3,7 @@ plain transformers computes for that prompt alone."""
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ import transformers
 
 from graftwork import LanguageModel
 from graftwork.intervention.rows import BATCH, FIXED, TOKEN, splits
+from graftwork.tracing.errors import InputError
 from graftwork.tracing.node import HookPoint
 
 LENGTHS = (3, 7, 1, 5)
@@ -205,6 +207,63 @@ def test_what_an_encoder_takes_from_the_first_token_is_the_prompts_own(
     assert rows == [2, 2]
     assert tools.difference(torch.cat([value.value for value in saved]), expected) is None
     assert tools.difference(together.value, expected) is None
+
+
+def doubled(name: str, tools: Any, **options: Any) -> Any:
+    module = copy.deepcopy(tools.module(name)).double()
+    for option, value in options.items():
+        getattr(module, option)(value)
+    return module
+
+
+@pytest.mark.parametrize("name", ["bloom", "gemma2", "llama", "gpt_neo", "bert"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_prompts_of_a_model_in_float64_do_not_feel_each_other(
+    name: str, attention: str, tools: Any
+) -> None:
+    """An eager softmax in float32 makes minus infinity of the lowest float64 of a mask."""
+    module = doubled(name, tools)
+    if attention == "eager" or getattr(module, "_supports_sdpa", False):
+        module.set_attn_implementation(attention)
+    model: Any = LanguageModel(module)
+    prompts = tools.prompts(3, 5)
+    saved = []
+    with model.trace() as tracer:
+        for prompt in prompts:
+            with tracer.invoke(prompt):
+                saved.append((model.layers[1].pattern.save(), model.output.logits.save()))
+    for prompt, (pattern, logits) in zip(prompts, saved, strict=True):
+        with torch.no_grad():
+            expected = module(input_ids=prompt[None]).logits
+        torch.testing.assert_close(logits.value, expected)
+        assert pattern.value.isfinite().all() and pattern.shape[-2:] == (len(prompt),) * 2
+    lists = [prompt.tolist() for prompt in prompts]
+    if name in ("bloom", "gemma2") or (name, attention) == ("llama", "eager"):
+        with pytest.raises(InputError, match="invoke of its own"):
+            model.trace(lists)
+    else:
+        with model.trace(lists):
+            together = model.output.logits.save()
+        own = together.value[0, :3] if name == "bert" else together.value[0, -3:]
+        torch.testing.assert_close(own, saved[0][1].value[0])
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma3_text", "gpt_neox", "phi"])
+def test_a_pattern_has_the_type_of_the_models_own_softmax(name: str, tools: Any) -> None:
+    module = doubled(name, tools)
+    prompt = tools.prompts(5)[0]
+    for attention, kind in (("sdpa", torch.float64), ("eager", torch.float32)):
+        module.set_attn_implementation(attention)
+        with torch.no_grad():
+            expected = module(input_ids=prompt[None]).logits
+        model: Any = LanguageModel(module)
+        with model.trace(prompt):
+            pattern = model.layers[0].pattern
+            dtype = pattern.dtype
+            pattern, logits = pattern.save(), model.output.logits.save()
+        assert pattern.value.dtype == dtype == kind
+        # What is only read leaves the model's numbers as they are.
+        torch.testing.assert_close(logits.value, expected, rtol=1e-12, atol=1e-12)
 
 
 def plain_generation(module: Any, prompt: torch.Tensor, **options: Any) -> torch.Tensor:
