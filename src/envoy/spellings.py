@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from ..tracing.errors import InputError, UnavailableNameError
 from .names import Missing
 
-#: TransformerLens, below `blocks.{i}.`.
+
+def _of_norm(norm: str) -> dict[str, str]:
+    return {f"{norm}.hook_{part}": f"{norm}_{part}" for part in ("scale", "normalized")}
+
+
+#: TransformerLens, below `blocks.{i}.`, in the order in which its blocks pass them. Hooks are called in
+#: this order, which counts where two names are at one place of the forward: what heads add and their
+#: sum are both the output of one projection where nothing lies between.
 LENS: dict[str, str] = {
     "hook_resid_pre": "resid_pre",
-    "hook_resid_mid": "resid_mid",
-    "hook_resid_post": "resid_post",
-    "hook_attn_out": "attn_out",
-    "hook_mlp_out": "mlp_out",
-    "hook_mlp_in": "ln2_in",
     "hook_q_input": "q_input",
     "hook_k_input": "k_input",
     "hook_v_input": "v_input",
+    **_of_norm("ln1"),
     "attn.hook_q": "q_pre",
     "attn.hook_k": "k_pre",
     "attn.hook_v": "v_pre",
@@ -28,19 +32,22 @@ LENS: dict[str, str] = {
     "attn.hook_pattern": "pattern",
     "attn.hook_z": "z",
     "attn.hook_result": "head_out",
-    "mlp.hook_pre": "mlp_pre",
-    "mlp.hook_pre_linear": "mlp_up",
-    "mlp.hook_post": "mlp_post",
-    "mlp.hook_expert_weights": "expert_weights",
-    "mlp.hook_expert_indices": "expert_indices",
+    **_of_norm("ln1_post"),
+    "hook_attn_out": "attn_out",
+    "hook_resid_mid": "resid_mid",
     "hook_cross_attn_in": "cross_attn_in",
     "hook_cross_attn_out": "cross_attn_out",
     "hook_resid_mid_cross": "resid_mid_cross",
-    **{
-        f"{norm}.hook_{part}": f"{norm}_{part}"
-        for norm in ("ln1", "ln2", "ln1_post", "ln2_post")
-        for part in ("scale", "normalized")
-    },
+    "hook_mlp_in": "ln2_in",
+    **_of_norm("ln2"),
+    "mlp.hook_expert_weights": "expert_weights",
+    "mlp.hook_expert_indices": "expert_indices",
+    "mlp.hook_pre": "mlp_pre",
+    "mlp.hook_pre_linear": "mlp_up",
+    "mlp.hook_post": "mlp_post",
+    **_of_norm("ln2_post"),
+    "hook_mlp_out": "mlp_out",
+    "hook_resid_post": "resid_post",
 }
 #: TransformerLens, of the whole model.
 LENS_OWN: dict[str, str] = {
@@ -169,3 +176,15 @@ def lens_names(vocabulary: Any) -> dict[str, tuple[int, str]]:
         if has(vocabulary.model_places(), LENS_OWN[name]):
             found[name] = (-1, LENS_OWN[name])
     return found
+
+
+def no_lens_name(vocabulary: Any, name: str, known: Iterable[str]) -> UnavailableNameError:
+    """Why a name of TransformerLens means nothing on a model; `known` are those that do."""
+    below = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
+    if below and int(below[1]) >= len(vocabulary):
+        return UnavailableNameError.no_layer(int(below[1]), len(vocabulary))
+    places = vocabulary.layer_places(int(below[1])) if below else vocabulary.model_places()
+    place = places.get(LENS.get(below[2], "") if below else LENS_OWN.get(name, ""))
+    if isinstance(place, Missing):
+        return UnavailableNameError.missing(name, vocabulary.kind, place.reason)
+    return UnavailableNameError.unknown(name, vocabulary.kind, known)

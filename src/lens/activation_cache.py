@@ -16,15 +16,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import re
 from collections import Counter
 from collections.abc import ItemsView, Iterator, KeysView, Sequence, ValuesView
 from typing import Any, Literal, TypeAlias
 
 import torch
 
-from ..envoy.names import Missing
-from ..envoy.spellings import LENS, LENS_OWN, lens_names
+from ..envoy.spellings import lens_names, no_lens_name
 from ..models.base import Model
 from ..models.vocabulary import Vocabulary, epsilon
 from ..tracing.errors import InputError, ShapeError, UnavailableNameError, near
@@ -178,14 +176,7 @@ class ActivationCache:
                 f"`{name}` is a name of {names.kind}, but it was not cached, as {len(self)} others "
                 "were: cache it, too."
             )
-        below = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
-        if below and int(below[1]) >= self._n_layers:
-            return UnavailableNameError.no_layer(int(below[1]), self._n_layers)
-        places = names.layer_places(int(below[1])) if below else names.model_places()
-        place = places.get(LENS.get(below[2], "") if below else LENS_OWN.get(name, ""))
-        if isinstance(place, Missing):
-            return UnavailableNameError.missing(name, names.kind, place.reason)
-        return UnavailableNameError.unknown(name, names.kind, sorted({*self.cache_dict, *exist}))
+        return no_lens_name(names, name, sorted({*self.cache_dict, *exist}))
 
     # ---------------------------------------------------------------- all activations at once
 

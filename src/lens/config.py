@@ -28,6 +28,15 @@ from ..models.language import LanguageModel
 from ..models.weights import shares
 from ..tracing.errors import GraftworkError, near
 
+#: Types of models whose texts get no beginning-of-text token in TransformerLens unless it is asked for.
+#: Source: TransformerLens 3.9, loading_from_pretrained.py for bloom, gpt_neox, phi, qwen, qwen2 and
+#: qwen3; what that loader does not know is as its model_bridge has it.
+_NO_BOS = frozenset(
+    "bloom ernie4_5 ernie4_5_moe exaone exaone4 glm glm4 glm4_moe glm4_moe_lite glm4v "
+    "glm_moe_dsa gpt_neox granite granitemoe granitemoehybrid llada minimax_m2 mpt phi phimoe "
+    "qwen qwen2 qwen2_5_vl qwen2_audio qwen2_moe qwen3 qwen3_5 qwen3_5_moe qwen3_moe qwen3_next "
+    "qwen3_vl qwen3_vl_moe recurrent_gemma seed_oss smollm3 starcoder2".split()
+)
 #: How TransformerLens says that a soft cap is not used.
 _NO_CAP = -1.0
 _POSITIONS = ("standard", "rotary", "shortformer", "alibi", "relative_positional_bias", "none")
@@ -93,7 +102,8 @@ class HookedTransformerConfig:
         seed: of the start values; None draws them from torch's own state.
         use_attn_result, use_split_qkv_input, use_hook_mlp_in, use_attn_in, use_hook_tokens,
             ungroup_grouped_query_attention: hook points that are only there if asked for.
-        default_prepend_bos: texts begin with the BOS token.
+        default_prepend_bos: texts begin with the BOS token. Of a model that exists, what
+            TransformerLens has for its type: not for Bloom, GLM, GPT-NeoX (Pythia), Granite, Phi, Qwen.
         device: None means "cuda" if there is one, else "cpu".
         dtype: a torch.dtype, or its name.
 
@@ -382,7 +392,7 @@ def config_of(model: LanguageModel) -> HookedTransformerConfig:
         model_name=sizes.model_name,
         original_architecture=sizes.architecture,
         tokenizer_name=getattr(model.tokenizer, "name_or_path", None) or None,
-        default_prepend_bos=sizes.model_name != "bloom",
+        default_prepend_bos=model.config.model_type not in _NO_BOS,
         device=str(model.device),
         dtype=torch.float32 if sizes.dtype is None else sizes.dtype,
     )

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..envoy.names import Missing, write_name
-from ..envoy.spellings import lens_names
+from ..envoy.spellings import lens_names, no_lens_name
 from ..models.base import accepts
 from ..models.factored_matrix import FactoredMatrix
 from ..models.language import LanguageModel
@@ -138,7 +138,7 @@ class HookedTransformer:
         self._n_ctx: int | None = model._reader.limit
         self._vocabulary = model.vocabulary()
         self._meant = lens_names(self._vocabulary)
-        self._hooks = Hooks(self._meant, self._vocabulary.kind)
+        self._hooks = Hooks(self._meant, self._vocabulary)
         self._experiments: dict[Any, Any] = {}
         self.dataset: Any = None
         self._tokenization = Tokenization(
@@ -344,6 +344,8 @@ class HookedTransformer:
             raise AttributeError(name)
         if name in _WEIGHTS:
             return getattr(self.model.weights, name)
+        if name.startswith("hook_"):
+            return self._hooks.find(name)[0]
         view = Nested(self, name)
         if view._exists():
             return view
@@ -1180,7 +1182,7 @@ class Nested:
         found = Nested(self._lens, path)
         if found._exists():
             return found
-        raise UnavailableNameError.unknown(path, self._lens._vocabulary.kind, self._names())
+        raise no_lens_name(self._lens._vocabulary, path, self._names())
 
     def __call__(self, value: torch.Tensor) -> Any:
         """What the part computes: `embed` of ids, `ln_final`, `unembed` or a block of activations."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ..envoy.spellings import no_lens_name
 from ..tracing.errors import InputError, UnavailableNameError
 
 HookFunction = Callable[..., Any]
@@ -105,11 +106,11 @@ class Hooks:
         points: by name, in the order in which a forward passes them.
     """
 
-    def __init__(self, names: Iterable[str], kind: str) -> None:
+    def __init__(self, names: Iterable[str], vocabulary: Any) -> None:
         self.points = {name: HookPoint(name, self) for name in names}
         self._levels = threading.local()
         self._lock = threading.Lock()
-        self._kind = kind
+        self._vocabulary = vocabulary
 
     def find(self, wanted: Any) -> list[HookPoint]:
         """The points that a name, a list of names or a predicate means.
@@ -119,14 +120,14 @@ class Hooks:
         """
         if isinstance(wanted, str):
             if wanted not in self.points:
-                raise UnavailableNameError.unknown(wanted, self._kind, self.points)
+                raise no_lens_name(self._vocabulary, wanted, self.points)
             return [self.points[wanted]]
         if callable(wanted):
             found = [point for name, point in self.points.items() if wanted(name)]
             if not found:
                 raise UnavailableNameError(
-                    f"the filter matches none of the {len(self.points)} places of {self._kind}: "
-                    f"{', '.join(list(self.points)[:4])}, …"
+                    f"the filter matches none of the {len(self.points)} places of "
+                    f"{self._vocabulary.kind}: {', '.join(list(self.points)[:4])}, …"
                 )
             return found
         if isinstance(wanted, (list, tuple, set, frozenset)):

@@ -354,7 +354,9 @@ def test_what_no_class_computes_is_refused(
 
 # -------------------------------------------------------------------- of a model
 
-NAMES = {"model_name", "original_architecture", "init_weights", "seed", "uses_rms_norm"}
+NAMES = set(
+    "model_name original_architecture init_weights seed uses_rms_norm default_prepend_bos".split()
+)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -193,6 +193,25 @@ def test_default_prepend_bos_of_a_configuration_counts() -> None:
     assert named.to_tokens("w5 w6").tolist() == [[2, 5, 6]]
 
 
+#: What TransformerLens 3.9 has for the models of its loader (`cfg.default_prepend_bos`).
+PREPENDS = {
+    **dict.fromkeys("gpt2 gpt_neo gptj opt llama mistral mixtral gemma gemma2".split(), True),
+    **dict.fromkeys("gemma3_text phi3 olmo2 gpt_oss".split(), True),
+    **dict.fromkeys("gpt_neox bloom qwen2 qwen3 phi".split(), False),
+}
+
+
+@pytest.mark.parametrize("kind", PREPENDS)
+def test_texts_begin_as_the_architecture_has_it(kind: str) -> None:
+    model = HookedTransformer(TINY.build(kind), TINY.word_tokenizer())
+    front = [2] if PREPENDS[kind] else []
+    assert model.cfg.default_prepend_bos is PREPENDS[kind]
+    assert model.to_tokens("w5 w6").tolist() == [[*front, 5, 6]]
+    assert model.to_str_tokens("w5") == [*(["<eos>"] if front else []), "w5"]
+    assert model.to_tokens("w5", prepend_bos=True).tolist() == [[2, 5]]
+    close(model("w5 w6 w7"), plain_logits(model.module, torch.tensor([[*front, 5, 6, 7]])))
+
+
 def test_a_module_and_a_language_model_are_taken_as_they_are(name: str) -> None:
     module = TINY.build(name)
     ids = ids_of()
@@ -717,6 +736,25 @@ def test_a_frozen_cache_serves_many_continuations(name: str) -> None:
         assert cache.length == 7
 
 
+def test_gradients_go_through_a_frozen_cache(name: str) -> None:
+    model, ids = lens(name), ids_of()
+    tail = ids_of(length=3, seed=5)
+    weight = model.module.get_input_embeddings().weight
+    expected = model.module(torch.cat([ids[:, :4], tail], 1)).logits[:, 4:]
+    (wanted,) = torch.autograd.grad(expected.sum(), weight)
+    for hooks in ([], [("blocks.1.hook_resid_post", lambda value, hook: None)]):
+        cache = KeyValueCache.init_cache()
+        model(ids[:, :4], past_kv_cache=cache)
+        cache.freeze()
+        for _ in range(2):
+            with model.hooks(hooks):
+                found = model(tail, past_kv_cache=cache)
+            close(found, expected)
+            (mine,) = torch.autograd.grad(found.sum(), weight, retain_graph=True)
+            close(mine, wanted)
+        assert cache.length == 4
+
+
 def test_hooks_in_parts_edit_what_they_see(name: str) -> None:
     model, ids = lens(name), ids_of()
     module, path = model.module, blocks(name, model.module)[1]
@@ -744,6 +782,73 @@ def plain_edit(name: str, layer: int, edit: Callable[[Any], Any], ids: torch.Ten
 
     with plain_hooks(module, **{blocks(name, module)[layer].replace(".", "__"): hook}):
         return plain_logits(module, ids)
+
+
+@pytest.mark.parametrize(
+    ("kind", "first", "second", "path"),
+    [
+        ("bloom", "attn.hook_result", "hook_attn_out", "transformer.h.1.self_attention.dense"),
+        ("gpt2", "attn.hook_result", "hook_attn_out", "transformer.h.1.attn.c_proj"),
+        (
+            "gemma2",
+            "ln1_post.hook_normalized",
+            "hook_attn_out",
+            "model.layers.1.post_attention_layernorm",
+        ),
+        (
+            "gemma2",
+            "ln2_post.hook_normalized",
+            "hook_mlp_out",
+            "model.layers.1.post_feedforward_layernorm",
+        ),
+    ],
+)
+def test_a_sum_has_what_hooks_did_to_its_parts(
+    kind: str, first: str, second: str, path: str
+) -> None:
+    """Also where both are at one place, as in Bloom and, of norms, in Gemma 2."""
+    model, ids, calls = lens(kind), ids_of(), []
+    module = model.module
+    heads = "result" in first
+    added = 4.0 if heads else 1 + module.get_submodule(path).weight.detach()
+
+    def add(value: torch.Tensor, hook: Any) -> torch.Tensor:
+        calls.append((hook.name, value.clone()))
+        return value + 1
+
+    with plain_hooks(module, **{path.replace(".", "__"): lambda _m, _a, output: output + added}):
+        expected = plain_logits(module, ids)
+    names = [f"blocks.1.{second}", f"blocks.1.{first}"]
+    with torch.no_grad(), model.hooks([(names[1], add)]):
+        found, kept = model.run_with_cache(ids, names_filter=names)
+    close(found, expected)
+    with torch.no_grad():
+        plain = model.run_with_cache(ids, names_filter=names)[1]
+    close(kept[names[0]], plain[names[0]] + added)
+    close(kept[names[1]], plain[names[1]] + 1)
+    calls.clear()
+    with torch.no_grad():
+        model.run_with_hooks(ids, fwd_hooks=[(names[0], add), (names[1], add)])
+    assert [name for name, _ in calls] == names[::-1]
+    close(calls[1][1], kept[names[0]])
+
+
+def test_places_of_the_model_are_attributes() -> None:
+    model, ids = fresh("gpt2"), ids_of()
+    seen: list[str] = []
+    for point in (model.hook_embed, model.hook_pos_embed, model.blocks[1].hook_resid_mid):
+        point.add_hook(lambda value, hook: seen.append(hook.name))
+    model(ids)
+    assert seen == ["hook_embed", "hook_pos_embed", "blocks.1.hook_resid_mid"]
+    assert model.hook_embed is model.hook_dict["hook_embed"]
+    rotary = lens("llama")
+    assert not hasattr(rotary, "hook_pos_embed")
+    with pytest.raises(UnavailableNameError, match=r"`hook_pos_embed` does not exist .* rotary"):
+        _ = rotary.hook_pos_embed
+    with pytest.raises(UnavailableNameError, match=r"parallel"):
+        lens("gpt_neox").add_hook("blocks.0.hook_resid_mid", print)
+    with pytest.raises(UnavailableNameError, match=r"no name of a place .* `hook_embed`"):
+        _ = rotary.hook_embde
 
 
 def zero_second(value: torch.Tensor, hook: Any = None) -> None:
