@@ -125,6 +125,7 @@ class Run:
         front: the first tokens of a pass that does not compute them.
         stopped: for each invoke that was stopped, after which step, and by which node.
         places: where each invoke lies in the batch; None if every invoke sees the whole value.
+        reached: for each invoke, how many steps of its generation have begun.
     """
 
     def __init__(
@@ -181,6 +182,7 @@ class Run:
         self._postponed: list[int] = []  # backwards that became ready inside another one
         self._stops = {node.index for node in graph.stops}
         self.stopped: dict[int, tuple[int, Node]] = {}
+        self.reached: dict[int, int] = {}
         self._base = False
         self._uses = passed_by(graph, plan) if graph.backwards else []
         # What backwards are to reach: a copy of it is not what the loss was computed from.
@@ -302,6 +304,8 @@ class Run:
         for invoke, (count, _) in self._extents.items():
             if over.issuperset(range(start, start + count)):
                 self._finished.add(invoke)
+            if invoke not in self._finished:
+                self.reached[invoke] = step + 1
             start += count
 
     def listens(self) -> bool:

@@ -60,6 +60,9 @@ class Structure(Protocol):
     def keeps_cache(self, tracer: Tracer) -> bool:
         """False if every forward of the generation sees all tokens so far."""
 
+    def rows_each(self, tracer: Tracer, path: str) -> int:
+        """Rows that a module of a generation has for each row of a prompt: beams, say."""
+
 
 class Shapes:
     """The oracle of one block."""
@@ -112,9 +115,9 @@ class Shapes:
 
     def _spans(self, node: Node, step: int) -> tuple[list[tuple[int, int]], int]:
         """Where the tokens of each row that the invoke of `node` sees lie, and the width of a row."""
-        prompts = self._prompts(node)
+        prompts, each = self._prompts(node), self._each(node)
         if step and self._structure.keeps_cache(self._tracer):
-            return [(0, 1)] * sum(len(p.spans) for p in prompts), 1
+            return [(0, 1)] * sum(len(p.spans) * each for p in prompts), 1
         width = max((p.width for p in prompts), default=0)
         right = self._structure.pads_right
         before = [0 if right else width - p.width for p in prompts]
@@ -122,17 +125,21 @@ class Shapes:
             (start + shift, stop + shift + step)
             for p, shift in zip(prompts, before, strict=True)
             for start, stop in p.spans
+            for _ in range(each)
         ]
         return spans, width + step
+
+    def _each(self, node: Node) -> int:
+        """Rows for each row of a prompt, where `node` comes from."""
+        if not self._tracer.generates:
+            return 1
+        origin = _origin(node)
+        return self._structure.rows_each(self._tracer, origin.path if origin is not None else "")
 
     def _size(self, node: Node) -> tuple[int, int]:
         hook_point: HookPoint = node.target
         spans, tokens = self._spans(node, hook_point.step)
-        beams = 1
-        if self._tracer.generates:
-            names = ("num_beams", "num_return_sequences")
-            beams = max(int(self._tracer.kwargs.get(name) or 1) for name in names)
-        return len(spans) * beams, tokens
+        return len(spans), tokens
 
     def token_axis(self, node: Node) -> int:
         """Which axis of the value of `node` counts tokens.
@@ -222,8 +229,9 @@ class Shapes:
         spans, width = self._spans(node, step)
         if not step or width > 1:
             return [(start, stop, 0) for start, stop in spans]
+        each = range(self._each(node))
         lengths = [stop - start for p in self._prompts(node) for start, stop in p.spans]
-        return [(0, 1, length + step - 1) for length in lengths]
+        return [(0, 1, length + step - 1) for length in lengths for _ in each]
 
     def token_index(self, node: Node, key: Any) -> Any:
         """The index that takes `key` of each row's own tokens out of the value of `node`.

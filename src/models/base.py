@@ -423,6 +423,9 @@ class Model(Envoy):
     def keeps_cache(self, tracer: Tracer) -> bool:
         return True
 
+    def rows_each(self, tracer: Tracer, path: str) -> int:
+        return 1
+
     def schedule(
         self,
         prompt: Any = None,

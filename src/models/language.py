@@ -12,14 +12,26 @@ import torch
 
 from ..envoy import Alias
 from ..intervention import Pass, Run
-from ..tracing.context import Tracer
-from ..tracing.errors import InputError, LoadError, near
+from ..tracing.context import Invoker, Tracer
+from ..tracing.errors import BlockError, InputError, LoadError, near
 from ..tracing.node import READ, WRITE
 from ..tracing.structure import ATOMS
 from . import calls
 from .architectures import IDS, POSITIONS, alias_of, padding_of, pads, pads_right
 from .base import Model, accepts
 from .execution import settings_of
+from .generation import (
+    ALONE,
+    GUESSES,
+    LENGTH,
+    LOOP,
+    RETURNED,
+    SAVES,
+    Clock,
+    Options,
+    StoppingClock,
+    looks_at_steps,
+)
 from .loading import Checkpoint, classifies_images
 from .locks import turn_of
 from .prompts import PER_TOKEN, Reader, TextPrompt, batch
@@ -27,17 +39,6 @@ from .prompts import PER_TOKEN, Reader, TextPrompt, batch
 logger = logging.getLogger("graftwork")
 
 _REMOTE = ("remote", "server")
-#: Options of `generate` that end a row for reasons that only transformers knows.
-_ENDS_ROWS = ("stop_strings", "stopping_criteria", "max_time")
-#: Options that look at the ids so far, with the padding of the prompt.
-_SEES_PADDING = (
-    "repetition_penalty", "no_repeat_ngram_size", "encoder_repetition_penalty", "min_length",
-    "encoder_no_repeat_ngram_size", "prefix_allowed_tokens_fn", "logits_processor", "guidance_scale",
-    "sequence_bias", "bad_words_ids", "watermarking_config", "penalty_alpha", "assistant_model",
-    "prompt_lookup_num_tokens",
-)  # fmt: skip
-#: Options of `generate` that change what each forward returns.
-_RETURNS = ("output_hidden_states", "output_attentions")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
@@ -128,7 +129,8 @@ class LanguageModel(Model):
         )
         self._keeps_logits = accepts(forward, "logits_to_keep")
         self._takes_cache = accepts(forward, "use_cache")
-        self._stopper: Stopper | None = None
+        self._clock: Clock | None = None
+        self._encoder: str | None = None
         self._head: str | None = None
         self._causal: bool | None = None
         if hook_config is not None:
@@ -238,12 +240,30 @@ class LanguageModel(Model):
         return {
             name: value
             for name, value in tracer.kwargs.items()
-            if type(value) in ATOMS and (not tracer.generates or name in _RETURNS)
+            if type(value) in ATOMS and (not tracer.generates or name in RETURNED)
         }
 
     def keeps_cache(self, tracer: Tracer) -> bool:
-        given = tracer.kwargs.get("generation_config") or self.module_tree().generation_config
-        return tracer.kwargs.get("use_cache", getattr(given, "use_cache", True)) is not False
+        return self._options(tracer).get("use_cache") is not False
+
+    def rows_each(self, tracer: Tracer, path: str) -> int:
+        # Encoders run before transformers repeats the rows of the prompts.
+        if not tracer.generates or (path and self._in_encoder(path)):
+            return 1
+        return self._options(tracer).repeats
+
+    def _in_encoder(self, path: str) -> bool:
+        if not self.config.is_encoder_decoder:
+            return False
+        if self._encoder is None:
+            tree = self.module_tree()
+            encoder = tree.get_encoder()  # type: ignore[operator]
+            paths = (name for name, child in tree.named_modules() if child is encoder)
+            self._encoder = next(paths, "")
+        return path == self._encoder or path.startswith(f"{self._encoder}.")
+
+    def _options(self, tracer: Tracer) -> Options:
+        return Options(tracer.kwargs, getattr(self.module_tree(), "generation_config", None))
 
     def _sorts_tokens(self, module: torch.nn.Module) -> bool:
         # Every class of experts that transformers can switch between implementations has this mark.
@@ -360,55 +380,72 @@ class LanguageModel(Model):
         return self._reader.read(args, kwargs)
 
     def run_block(self, tracer: Tracer) -> Any:
-        if tracer.generates and self._reader.limit is not None:
-            self._check_length(tracer, self._reader.limit)
+        if tracer.generates:
+            if self._reader.limit is not None:
+                self._check_length(tracer, self._reader.limit)
+            option = self._options(tracer).without_steps()
+            if option is not None and looks_at_steps(tracer.graph):
+                raise BlockError.no_steps(option, tracer.location)
         return super().run_block(tracer)
 
     def _check_length(self, tracer: Tracer, limit: int) -> None:
-        new = tracer.kwargs.get("max_new_tokens")
-        total = tracer.kwargs.get("max_length")
+        options = self._options(tracer)
         for invoker in tracer.invokes:
             if invoker.prompt is None:
                 continue
-            width = invoker.prompt.width
+            first = self._continued(tracer, invoker.prompt)
+            new, total = options.get("max_new_tokens"), options.get("max_length")
             if new is None and total is not None:
-                new = int(total) - width
+                new = int(total) - first
             # The last token is not fed to the model.
-            if width + int(new or 0) - 1 > limit:
+            if first + int(new or 0) - 1 > limit:
                 raise InputError(
-                    f"the prompt of {width} tokens ({invoker.location}) and {new} new ones "
+                    f"the prompt of {first} tokens ({invoker.location}) and {new} new ones "
                     f"pass the {limit} positions of the model."
                 )
 
+    def _continued(self, tracer: Tracer, prompt: TextPrompt | None) -> int:
+        """How many tokens a generation continues: the prompt's, or those that a decoder begins with."""
+        if not self.config.is_encoder_decoder:
+            return 0 if prompt is None else prompt.width
+        given = {} if prompt is None else prompt.other
+        begins = given.get("decoder_input_ids", tracer.kwargs.get("decoder_input_ids"))
+        return 1 if begins is None else int(begins.shape[1])
+
     def most_steps(self, tracer: Tracer, prompt: Any) -> int:
-        new = self._option(tracer, "max_new_tokens")
+        options = self._options(tracer)
+        new = options.get("max_new_tokens")
         if new is not None:
             return int(new)
-        total = self._option(tracer, "max_length")
+        total, first = options.get("max_length"), self._continued(tracer, prompt)
         if total is None:
-            return 20  # transformers' own default
-        width = 0 if prompt is None or self.config.is_encoder_decoder else prompt.width
-        return max(1, int(total) - width)
+            # transformers' own default: 20 new tokens, or as many as there are positions.
+            limit = getattr(self.config, "max_position_embeddings", None)
+            if prompt is not None and "input_ids" not in prompt.inputs:
+                first = 0
+            total = first + 20 if limit is None else min(first + 20, limit)
+        return max(1, int(total) - first)
 
     def batch_class(self, tracer: Tracer, invoke: int) -> Hashable:
         alike: Hashable = super().batch_class(tracer, invoke)
         if not tracer.generates:
             return alike
+        options, graph = self._options(tracer), tracer.graph
         # Architectures that are not known may mix the states of rows of one length, too: RWKV does.
-        if self._padding is None or any(self._option(tracer, name) for name in _ENDS_ROWS):
+        if self._padding is None or options.asks(ALONE):
             return invoke
+        if options.asks(SAVES, GUESSES, LOOP) and not looks_at_steps(graph):
+            return invoke
+        if any(isinstance(value, torch.Tensor) for value in tracer.kwargs.values()):
+            return invoke  # it has the rows of one prompt
         # Only the beam search itself knows at which step it is done with a prompt.
         if (
-            self._option(tracer, "num_beams")
-            and self._endings(tracer, self.module_tree()) is not None
+            options.number("num_beams") > 1
+            and options.endings() is not None
+            and any(node.kind in (READ, WRITE) and node.target.step for node in graph.nodes)
         ):
-            nodes = tracer.graph.nodes
-            if any(node.kind in (READ, WRITE) and node.target.step for node in nodes):
-                return invoke
-        if (
-            any(self._option(tracer, name) for name in _SEES_PADDING)
-            or self._option(tracer, "max_new_tokens") is None
-        ):
+            return invoke
+        if options.asks(LENGTH) or options.get("max_new_tokens") is None:
             return alike, tracer.invokes[invoke].prompt.width
         return alike
 
@@ -433,13 +470,6 @@ class LanguageModel(Model):
             ]
             self._head = paths[0] if paths else None
         return self._head
-
-    def _option(self, tracer: Tracer, name: str) -> Any:
-        """An option of the generation; None for a value that asks for nothing."""
-        given = tracer.kwargs.get("generation_config") or self.module_tree().generation_config
-        value = tracer.kwargs.get(name, getattr(given, name, None))
-        neutral = isinstance(value, (int, float)) and value in (0, 1) and name != "max_new_tokens"
-        return None if neutral else value
 
     def _shape_class(self, prompt: Any) -> Any:
         other = {k: id(v) if isinstance(v, torch.Tensor) else v for k, v in prompt.other.items()}
@@ -530,15 +560,18 @@ class LanguageModel(Model):
                 # Skipped blocks would leave gaps in a cache; and nobody sees it.
                 options.setdefault("use_cache", False)
             return module(**inputs, **options)
-        if self._keeps_logits and one.positions != 1 and self._touches_head(tracer):
+        settings = self._options(tracer)
+        if self._keeps_logits and one.positions != 1 and self._touches_head(one):
             # Else transformers computes the prompt's last logits alone.
             options.setdefault("logits_to_keep", one.positions)
-        if self._stopper is not None:
-            options["stopping_criteria"] = [
-                *(options.get("stopping_criteria") or ()),
-                self._stopper,
-            ]
-        if "pad_token_id" not in options and module.generation_config.pad_token_id is None:  # type: ignore[union-attr]
+        if self._clock is not None:
+            for name in settings.asking(SAVES, GUESSES):
+                logger.warning("`%s` is left out: each step of the block has its forward", name)
+                options[name] = None
+            options["disable_compile"] = True  # hooks are not compiled
+            given = options.get("stopping_criteria") or ()
+            options["stopping_criteria"] = [*given, self._clock]
+        if settings.get("pad_token_id") is None:
             options["pad_token_id"] = self._reader.pad
         return module.generate(**inputs, **options)  # type: ignore[operator]
 
@@ -553,11 +586,15 @@ class LanguageModel(Model):
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return weight.device  # type: ignore[no-any-return]
 
-    def _touches_head(self, tracer: Tracer) -> bool:
-        head = self.module_tree().get_output_embeddings()  # type: ignore[operator]
-        paths = {""} | {name for name, child in self.module_tree().named_modules() if child is head}
-        touched = {place[1].path for place in tracer.recording.current}
-        return bool(paths & touched)
+    def _touches_head(self, one: Pass) -> bool:
+        """True if a pass looks at the logits, or into what makes them."""
+        tree = self.module_tree()
+        head = tree.get_output_embeddings()  # type: ignore[operator]
+        paths = [name for name, child in tree.named_modules() if child is head]
+        touched = {point.path for point in one.arrivals if point.port != "result"}
+        return "" in touched or any(
+            path == head or path.startswith(f"{head}.") for path in touched for head in paths
+        )
 
     # ---------------------------------------------------------------- generation
 
@@ -565,80 +602,58 @@ class LanguageModel(Model):
     def around(
         self, tracer: Tracer, run: Run, module: torch.nn.Module, prompts: list[TextPrompt]
     ) -> Iterator[None]:
-        if not tracer.generates or not (run.sites or run.stopped):
+        watched = bool(run.sites or run.stopped)
+        if not tracer.generates or not (watched or self.config.is_encoder_decoder):
             yield
             return
         stops = bool(tracer.graph.stops)
-        width = max(prompt.width for prompt in prompts)
-        endings = self._endings(tracer, module)
+        endings = self._options(tracer).endings()
         later = any(site.wanted_after_first() for site in run.sites)
         watches = later and (endings is not None or stops)
-        step = -1
-        ended: set[int] = set()
-        count = sum(prompt.rows for prompt in prompts)
-
-        def begins(_: Any, args: Any, kwargs: Any) -> None:
-            nonlocal step
-            if not run.listens():
-                return
-            step += 1
-            if run.places is None and not watches:
-                run.step = step  # the one invoke sees the whole value, whatever its rows are
-                return
-            ids = kwargs.get("input_ids", args[0] if args else None)
-            if ids is None:
-                ids = kwargs.get("decoder_input_ids", kwargs.get("inputs_embeds"))
-            rows = count if ids is None else ids.shape[0]
-            mask = kwargs.get("attention_mask")
-            flat = mask is not None and mask.ndim == 2 and not self.config.is_encoder_decoder
-            if watches and step and endings is not None and ids is not None and ids.ndim == 2:
-                over = torch.isin(ids[:, -1], endings.to(ids.device)).reshape(count, -1).all(1)
-                ended.update(over.nonzero().flatten().tolist())
-            run.forward_begins(step, rows, mask.shape[1] - width if flat else step, ended)
-
-        handle = module.register_forward_pre_hook(begins, with_kwargs=True)
-        self._stopper = Stopper(run) if stops else None
+        kind = StoppingClock if stops else Clock
+        clock = kind(run, sum(prompt.rows for prompt in prompts), endings, watches)
+        # Before the hooks on the model itself, which belong to the step that begins.
+        begins = module.register_forward_pre_hook(clock.begins, prepend=True, with_kwargs=True)
+        ends = module.register_forward_hook(clock.ends, always_call=True)
+        self._clock = clock if watched else None
         try:
             yield
         finally:
-            handle.remove()
-            self._stopper = None
+            begins.remove()
+            ends.remove()
+            self._clock = None
             for invoke, (at, _) in run.stopped.items():
                 tracer.invokes[invoke].stopped = at
-
-    def _endings(self, tracer: Tracer, module: torch.nn.Module) -> torch.Tensor | None:
-        """Token ids that end a generation."""
-        given = tracer.kwargs.get("generation_config") or module.generation_config
-        ids = tracer.kwargs.get("eos_token_id", getattr(given, "eos_token_id", None))
-        if ids is None:
-            return None
-        return torch.as_tensor(ids).flatten()
+            if self.config.is_encoder_decoder:
+                for invoke in run.extents:
+                    tracer.invokes[invoke].begins_with = clock.begins_with
 
     def _sequences(
         self, tracer: Tracer, prompts: dict[int, TextPrompt], result: Any
     ) -> dict[int, torch.Tensor]:
         """Each prompt's own token ids [row, token] of a generated batch, as if it had run alone."""
         ids = result if isinstance(result, torch.Tensor) else result.sequences
-        endings = self._endings(tracer, self.load())
-        width = max(self._repeated(prompt) for prompt in prompts.values())
+        endings = self._options(tracer).endings()
+        before = {index: self._before(tracer.invokes[index]) for index in prompts}
+        width = max(before.values())
         each = ids.shape[0] // sum(prompt.rows for prompt in prompts.values())
         found, start = {}, 0
         for index, prompt in prompts.items():
-            repeated = self._repeated(prompt)
-            own = ids[start : start + prompt.rows * each, width - repeated :]
+            own = ids[start : start + prompt.rows * each, width - before[index] :]
             start += prompt.rows * each
             stopped = tracer.invokes[index].stopped
             if stopped is not None:
-                first = repeated + self.config.is_encoder_decoder
-                own = own[:, : first + stopped + 1]
-            found[index] = _until_end(own, repeated, endings)
+                own = own[:, : before[index] + stopped + 1]
+            found[index] = _until_end(own, before[index], endings)
         return found
 
-    def _repeated(self, prompt: TextPrompt) -> int:
-        """How many tokens of the prompt the generated ids begin with."""
-        if self.config.is_encoder_decoder or "input_ids" not in prompt.inputs:
-            return 0
-        return prompt.width
+    def _before(self, invoker: Invoker) -> int:
+        """How many tokens the generated ids of an invoke begin with: its prompt, or what its decoder
+        began with."""
+        if self.config.is_encoder_decoder:
+            assert invoker.begins_with is not None, "it has run"
+            return invoker.begins_with
+        return invoker.prompt.width if "input_ids" in invoker.prompt.inputs else 0
 
     def results_by_invoke(
         self, tracer: Tracer, prompts: dict[int, Any], result: Any
@@ -657,7 +672,7 @@ class LanguageModel(Model):
         for one, result in zip(passes, results, strict=True):
             prompts = {index: tracer.invokes[index].prompt for index in one.invokes}
             for index, own in self._sequences(tracer, prompts, result).items():
-                parts[index] = (own, self._repeated(prompts[index]))
+                parts[index] = (own, self._before(tracer.invokes[index]))
         for index, (own, _) in parts.items():
             tracer.invokes[index].output = own
         if len(results) == 1:
@@ -666,10 +681,10 @@ class LanguageModel(Model):
             return tuple(results)
         before = max(width for _, width in parts.values())
         after = max(own.shape[1] - width for own, width in parts.values())
+        pad = self._options(tracer).get("pad_token_id")
+        pad = self._reader.pad if pad is None else int(pad)
         rows = [
-            torch.nn.functional.pad(
-                own, (before - width, after - own.shape[1] + width), value=self._reader.pad
-            )
+            torch.nn.functional.pad(own, (before - width, after - own.shape[1] + width), value=pad)
             for _, (own, width) in sorted(parts.items())
         ]
         return torch.cat(rows)
@@ -705,21 +720,6 @@ class ImageModel(LanguageModel):
 
 
 Model._loads = LanguageModel
-
-
-class Stopper:
-    """Ends the rows of a generation whose invokes were stopped, as a stopping criterion."""
-
-    # By it transformers knows that rows end one by one, and pads those that have ended.
-    eos_token_id = None
-
-    def __init__(self, run: Run) -> None:
-        self._run = run
-        self._step = -1
-
-    def __call__(self, ids: torch.Tensor, scores: Any, **options: Any) -> torch.Tensor:
-        self._step += 1
-        return torch.tensor(self._run.ended_rows(self._step, ids.shape[0]), device=ids.device)
 
 
 def _from_token(inputs: dict[str, Any], cut: int) -> dict[str, Any]:

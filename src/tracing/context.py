@@ -179,6 +179,7 @@ class Invoker:
         location: the user's line.
         stopped: after a generation that `stop()` ended, the step after which it did.
         output: after a generation, this invoke's own rows of the result, without padding.
+        begins_with: after a generation of a decoder, how many tokens it began with.
     """
 
     def __init__(
@@ -191,6 +192,7 @@ class Invoker:
         self.location = location
         self.output: Any = None
         self.stopped: int | None = None
+        self.begins_with: int | None = None
         self._step = 0
 
     def __enter__(self) -> Invoker:

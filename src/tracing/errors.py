@@ -171,6 +171,14 @@ class BlockError(GraftworkError):
         )
 
     @classmethod
+    def no_steps(cls, option: str, location: Location) -> BlockError:
+        return cls(
+            f"The block at {location} reads, writes or stops inside a generation, and under "
+            f"`{option}` the forwards of the model are not its steps (the prompt, then one token "
+            f"each). Generate without `{option}`, or use the result alone."
+        )
+
+    @classmethod
     def left_loop(cls, what: str, location: Location) -> BlockError:
         return cls(
             f"{what} belongs to a `with tracer.iter[…]` block and has one value for each of its steps. "

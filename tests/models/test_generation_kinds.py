@@ -1,4 +1,4 @@
-"""Blocks inside every way in which transformers generates: sampling, beams, assisted, streamed."""
+"""Blocks inside every way in which transformers generates: sampling, beams, streamed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "sampling": {"do_sample": True, "top_k": 20, "temperature": 1.5},
     "beams": {"num_beams": 3, "do_sample": False},
     "several sequences": {"do_sample": True, "num_return_sequences": 3},
-    "lookup": {"prompt_lookup_num_tokens": 3, "do_sample": False},
 }
 
 
@@ -63,18 +62,6 @@ def test_a_loop_over_the_steps_is_in_each_of_them(
     assert len(hidden.value) == len(seen)
     for mine, theirs in zip(hidden.value, seen, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
-
-
-def test_an_assistant_proposes_tokens(model: LanguageModel) -> None:
-    assistant = LanguageModel("graftwork/tiny").load()
-    options = {"assistant_model": assistant, "do_sample": False}
-    ids, seen = plainly(model, PROMPTS[0], True, **options)
-    with model.generate(PROMPTS[0], max_new_tokens=5, **options) as generator, generator.all():
-        hidden = model.transformer.h[1].output
-        hidden[:, -1] += 1.0
-        hidden.save()
-    assert torch.equal(generator.output, ids)
-    assert [one.shape for one in hidden.value] == [one.shape for one in seen]
 
 
 def test_text_is_streamed_while_a_block_edits(model: LanguageModel) -> None:
