@@ -18,12 +18,11 @@ import torch
 
 from ..tracing.errors import (
     BlockError,
-    GraftworkError,
     OrderError,
     ScheduleError,
     ShapeError,
     StepError,
-    add_note,
+    place_error,
 )
 from ..tracing.graph import Box, Graph, arguments
 from ..tracing.interpreter import BranchInterpreter, Interpreter
@@ -746,10 +745,8 @@ class Run:
             kwargs["retain_graph"] = shared or kwargs["create_graph"]
         try:
             result = node.target.function(*args, **kwargs)
-        except GraftworkError:
-            raise
         except Exception as error:
-            add_note(error, f"graftwork: in {node.describe()}, recorded at {node.location}")
+            place_error(error, node.location, node.describe())
             raise
         finally:
             self._backward = None

@@ -17,6 +17,7 @@ from .branches import Cond, record_stop
 from .cache import Cache
 from .errors import BlockError, Location, NotRunError
 from .experiment import Experiment
+from .frames import entry, shorten
 from .graph import Graph
 from .node import READ, HookPoint, Later, Node, user_line
 from .proxy import Proxy
@@ -286,6 +287,7 @@ class Tracer(Block):
         """The recorded operations; `print(tracer.graph)` shows one a line."""
         return self.recording.graph
 
+    @entry
     def invoke(self, *args: Any, **kwargs: Any) -> Invoker:
         """Open a prompt in this block.
 
@@ -350,6 +352,7 @@ class Tracer(Block):
                 return invoker.index
         return self._append(None, user_line(3)).index
 
+    @entry
     def explain(self) -> Any:
         """What the planner makes of the block: passes, batches, what is skipped, estimated work.
 
@@ -550,7 +553,12 @@ class Tracer(Block):
         if kind is not None:
             recording.close(ABANDONED)
         elif session is None:
-            self.run()
+            try:
+                self.run()
+            except BaseException as failed:
+                __tracebackhide__ = True
+                shorten(failed)
+                raise failed
 
     def abandon(self) -> None:
         super().abandon()

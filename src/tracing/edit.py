@@ -13,6 +13,7 @@ from typing import Any
 
 from .context import Backend, Exit, Tracer, open_block
 from .errors import BlockError
+from .frames import entry
 from .node import HookPoint
 from .proxy import Proxy
 from .recording import ABANDONED, DONE
@@ -65,6 +66,7 @@ class Edit(Tracer):
         return self._given
 
     @Exit
+    @entry
     def __exit__(
         self,
         kind: type[BaseException] | None,

@@ -1,15 +1,17 @@
 """Owns every error of the package: one tree, with named constructors that build the message.
 
 A message says what was done (file and line), what was found, and what to do. Errors raised by
-torch inside an operation keep their type and gain a note instead (`add_note`).
+torch inside an operation keep their type and gain the line (`place_error`).
 """
 
 from __future__ import annotations
 
 import difflib
 import linecache
+import re
+import sys
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 
 class Location(NamedTuple):
@@ -20,7 +22,23 @@ class Location(NamedTuple):
 
     def __str__(self) -> str:
         source = linecache.getline(self.file, self.line).strip()
-        return f"{self.file}:{self.line}" + (f"  `{source}`" if source else "")
+        cell = _cell(self.file)
+        place = f"{self.file}:{self.line}" if cell is None else f"{cell}, line {self.line}"
+        return place + (f"  `{source}`" if source else "")
+
+
+def _cell(file: str) -> str | None:
+    """The notebook's own name of a cell, such as "Cell In[3]": what IPython compiles has the name of a
+    temporary file."""
+    # Where IPython runs, it is imported; asking for it would import it elsewhere.
+    ask = getattr(sys.modules.get("IPython"), "get_ipython", None)
+    shell = ask() if ask is not None else None
+    named = getattr(getattr(shell, "compile", None), "format_code_name", None)
+    found: tuple[str, str] | None = named(file) if named is not None else None
+    if found is not None:
+        return " ".join(found)
+    number = re.match(r"<ipython-input-(\d+)-", file)
+    return f"Cell In[{number[1]}]" if number else None
 
 
 def near(name: str, known: Iterable[str]) -> str:
@@ -35,14 +53,33 @@ def near(name: str, known: Iterable[str]) -> str:
     return f"It has {listed}."
 
 
-def add_note(error: BaseException, note: str) -> None:
-    """Attach `note` to `error` once; Python 3.10 has no `add_note`, there it joins the arguments."""
-    if note in getattr(error, "__notes__", ()):
+def place_error(error: BaseException, line: Location, what: str, message: bool = True) -> None:
+    """Say once that `error` belongs to a line of the user's, first of all that is said.
+
+    Args:
+        what: the operation at that line.
+        message: put it into the message; else, and where the message is none that can be changed,
+            it becomes a note below it.
+    """
+    if line_of(error) is not None:
         return
-    if hasattr(error, "add_note"):
-        error.add_note(note)
-    elif error.args and isinstance(error.args[0], str):
-        error.args = (f"{error.args[0]}\n{note}", *error.args[1:])
+    error.__dict__["graftwork_line"] = line
+    if isinstance(error, GraftworkError):
+        return
+    said = error.args[0] if len(error.args) == 1 else None
+    if message and isinstance(said, str) and str(error) == said:
+        error.args = (f"{line}\nin {what}: {said}",)
+    elif hasattr(error, "add_note"):  # from Python 3.11
+        error.add_note(f"graftwork: in {what}, recorded at {line}")
+
+
+def line_of(error: BaseException) -> Location | None:
+    """The line of the user's that an error belongs to, where it is known."""
+    found: Location | None = error.__dict__.get("graftwork_line")
+    return found
+
+
+E = TypeVar("E", bound="GraftworkError")
 
 
 _CANNOT_CLOSE = (
@@ -53,6 +90,13 @@ _CANNOT_CLOSE = (
 
 class GraftworkError(Exception):
     """Root of every error that graftwork raises by itself."""
+
+    @classmethod
+    def at(cls: type[E], line: Location, message: str) -> E:
+        """An error that is raised elsewhere than at the line that it is about, which it says first."""
+        error = cls(f"{line}\n{message}")
+        error.__dict__["graftwork_line"] = line
+        return error
 
 
 class UnknownModuleError(GraftworkError, AttributeError):
@@ -208,16 +252,16 @@ class BlockError(GraftworkError):
 
     @classmethod
     def stopped_output(cls, location: Location) -> BlockError:
-        return cls(
-            f"The forward is left at `tracer.stop()` ({location}), so it has no output: save what the "
-            "modules give, without `tracer.output`."
+        return cls.at(
+            location,
+            "The forward is left here, so it has no output: save what the modules give, without "
+            "`tracer.output`.",
         )
 
     @classmethod
     def no_backward(cls, what: str, location: Location) -> BlockError:
-        return cls(
-            f"`{what}` needs a backward, and the block has no `loss.backward()` for it. "
-            f"Recorded at {location}"
+        return cls.at(
+            location, f"`{what}` needs a backward, and the block has no `loss.backward()` for it."
         )
 
     @classmethod
@@ -244,9 +288,10 @@ class BlockError(GraftworkError):
 
     @classmethod
     def whole_batch(cls, location: Location, passes: int) -> BlockError:
-        return cls(
-            f"the whole batch was used at {location}, but the prompts of this block cannot run "
-            f"together: it takes {passes} passes. Use the value inside each invoke."
+        return cls.at(
+            location,
+            "the whole batch was used here, but the prompts of this block cannot run together: it "
+            f"takes {passes} passes. Use the value inside each invoke.",
         )
 
     @classmethod
@@ -377,34 +422,38 @@ class OrderError(GraftworkError):
 
     @classmethod
     def later(cls, write: str, write_at: Location, read: str, read_at: Location) -> OrderError:
-        return cls(
-            f"A write needs a value that is computed later in the same forward.\n"
-            f"  written: {write} at {write_at}\n"
+        return cls.at(
+            write_at,
+            f"This write needs a value that is computed later in the same forward.\n"
+            f"  written: {write}\n"
             f"  needs:   {read} at {read_at}\n"
-            "Take the later value from another invoke of the same prompt: it then runs first."
+            "Take the later value from another invoke of the same prompt: it then runs first.",
         )
 
     @classmethod
     def cycle(cls, first: Location, second: Location) -> OrderError:
-        return cls(
-            "Two invokes wait for each other's later values, so neither can run first.\n"
-            f"  {first}\n  {second}\n"
-            "Compute one of the values in a block of its own and save it."
+        return cls.at(
+            first,
+            "Two invokes wait for each other's later values, so neither can run first: this one and\n"
+            f"  {second}\n"
+            "Compute one of the values in a block of its own and save it.",
         )
 
     @classmethod
     def gradients(cls, first: Location, second: Location) -> OrderError:
-        return cls(
-            "Backwards wait for each other's gradients, so none can run first.\n"
-            f"  {first}\n  {second}\n"
-            "Save the gradient in a block of its own, or name the backward: `with loss.backward():`."
+        return cls.at(
+            first,
+            "Backwards wait for each other's gradients, so none can run first: this one and\n"
+            f"  {second}\n"
+            "Save the gradient in a block of its own, or name the backward: `with loss.backward():`.",
         )
 
     @classmethod
     def passes(cls, place: str, write: Location, passed: Location) -> OrderError:
-        return cls(
-            f"What is written to `{place}` at {write} depends on what the attached module computes "
-            f"from it at {passed}. Write a value that is known before it."
+        return cls.at(
+            write,
+            f"What is written to `{place}` here depends on what the attached module computes from it "
+            f"at {passed}. Write a value that is known before it.",
         )
 
 
@@ -413,18 +462,20 @@ class ShapeError(GraftworkError):
 
     @classmethod
     def write(cls, place: str, location: Location, expected: str, found: str) -> ShapeError:
-        return cls(
+        return cls.at(
+            location,
             f"The value written to {place} does not fit.\n"
-            f"  line:     {location}\n  expected: {expected}\n  found:    {found}\n"
+            f"  expected: {expected}\n  found:    {found}\n"
             "Write a value of the expected shape, or write into a slice of it: "
-            "`module.output[0][:, -1] = value`."
+            "`module.output[0][:, -1] = value`.",
         )
 
     @classmethod
     def shared(cls, place: str, location: Location) -> ShapeError:
-        return cls(
+        return cls.at(
+            location,
             f"{place} is one value shared by all prompts of the batch, so it cannot be changed for one "
-            f"prompt alone: {location}\nGive this prompt a block of its own."
+            "prompt alone. Give this prompt a block of its own.",
         )
 
 
@@ -433,10 +484,10 @@ class CapturedTensorError(GraftworkError):
 
     @classmethod
     def changed(cls, name: str, shape: Sequence[int], location: Location) -> CapturedTensorError:
-        return cls(
-            f"{name} (shape {list(shape)}) was changed in place after it was recorded and before the "
-            f"block ran: {location}\nUse `{name.strip('`')}.clone()` in the block if both values are "
-            "wanted."
+        return cls.at(
+            location,
+            f"{name} (shape {list(shape)}) was changed in place after it was recorded here and before "
+            f"the block ran. Use `{name.strip('`')}.clone()` in the block if both values are wanted.",
         )
 
     @classmethod
@@ -448,9 +499,10 @@ class CapturedTensorError(GraftworkError):
 
     @classmethod
     def mutated(cls, what: str, location: Location) -> CapturedTensorError:
-        return cls(
-            f"{what} changed its argument in place: {location}\nReturn the new value instead and "
-            "assign it: `module.output[:] = result`."
+        return cls.at(
+            location,
+            f"{what} changed its argument in place. Return the new value instead and assign it: "
+            "`module.output[:] = result`.",
         )
 
 
@@ -465,13 +517,11 @@ class StepError(GraftworkError):
 
     @classmethod
     def never_ran(cls, what: str, location: Location, reason: str) -> StepError:
-        return cls(f"{what} has no value: {reason}. Recorded at {location}")
+        return cls.at(location, f"{what} has no value: {reason}.")
 
     @classmethod
     def untaken(cls, what: str, location: Location) -> StepError:
-        error = cls(
-            f"{what} has no value: it belongs to a branch that was not taken. Recorded at {location}"
-        )
+        error = cls.at(location, f"{what} has no value: it belongs to a branch that was not taken.")
         error.ended = True
         return error
 
@@ -492,9 +542,10 @@ class ScheduleError(GraftworkError):
 
     @classmethod
     def shared(cls, what: str, location: Location, reason: str) -> ScheduleError:
-        return cls(
-            f"{what} cannot be split into the prompts of a batch: {reason}. Recorded at {location}\n"
-            "Give this prompt a block of its own."
+        return cls.at(
+            location,
+            f"{what} cannot be split into the prompts of a batch: {reason}. Give this prompt a block of "
+            "its own.",
         )
 
 

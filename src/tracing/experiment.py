@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from .errors import BlockError, InputError, StepError
+from .frames import entry
 from .graph import Box, Graph
 from .proxy import Proxy
 
@@ -61,6 +62,7 @@ class Experiment:
         self._first = prompts
         self._run = run
 
+    @entry
     def __call__(self, *prompts: Any) -> Results:
         """Run on other prompts.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .errors import CapturedTensorError, GraftworkError, add_note
+from .errors import CapturedTensorError, place_error
 from .graph import arguments
 from .node import CALL, MODULE, PARAMETER, WRITE, Captured, Later, Node
 from .operations import APPLY, GUARDED, SELECT, SKIPPED, STOP
@@ -42,7 +42,7 @@ class Interpreter:
 
         Raises:
             CapturedTensorError: a captured tensor was changed since it was recorded.
-            Exception: whatever the operation raises, with a note that names the user's line.
+            Exception: whatever the operation raises, which says the user's line.
         """
         try:
             if node.kind == PARAMETER:
@@ -58,10 +58,9 @@ class Interpreter:
             if node.target is APPLY:
                 return _call_unchanged(node, args, kwargs)
             return node.target.function(*args, **kwargs)
-        except GraftworkError:
-            raise
         except Exception as error:
-            add_note(error, f"graftwork: in {node.describe()}, recorded at {node.location}")
+            # What a function of the user's raises is left as it says it: its own lines are shown.
+            place_error(error, node.location, node.describe(), message=node.target is not APPLY)
             raise
 
     def resolve(self, node: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -33,11 +33,10 @@ KINDS = frozenset({READ, CALL, MODULE, PARAMETER, WRITE})
 
 _SRC = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _ROOMS = ("tracing", "envoy", "intervention", "policies", "models", "lens", "pruning")
+IN_PACKAGE = tuple(os.path.join(_SRC, room) + os.sep for room in _ROOMS)
+TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 # Frames of these folders are never the user's: a module called on a proxy records from inside torch.
-_NOT_THE_USER = (
-    *(os.path.join(_SRC, room) + os.sep for room in _ROOMS),
-    os.path.dirname(os.path.abspath(torch.__file__)) + os.sep,
-)
+_NOT_THE_USER = (*IN_PACKAGE, TORCH)
 _EINOPS = os.sep + os.path.join("site-packages", "einops") + os.sep
 
 

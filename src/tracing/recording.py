@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from .errors import BlockError, NotRunError
+from .frames import shorten
 from .graph import Box, Graph, Series
 from .node import HookPoint, Node, user_line
 
@@ -146,6 +147,10 @@ class Recording:
         self.state = RUNNING
         try:
             return self.compute(node)
+        except BaseException as error:
+            __tracebackhide__ = True
+            shorten(error)
+            raise error
         finally:
             self.state = OPEN
 

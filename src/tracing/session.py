@@ -13,6 +13,7 @@ import torch
 
 from .context import Block, Exit, Tracer, open_block
 from .errors import BlockError, ForeignProxyError
+from .frames import entry
 from .graph import Box, Graph
 from .node import Later, Node, user_line
 from .proxy import Proxy
@@ -96,6 +97,7 @@ class Session(Block):
         return self
 
     @Exit
+    @entry
     def __exit__(
         self,
         kind: type[BaseException] | None,
