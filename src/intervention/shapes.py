@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 
 from ..tracing.context import Tracer
 from ..tracing.errors import InputError, NotRunError, OperationError, ScheduleError
+from ..tracing.frames import entry
 from ..tracing.graph import arguments
 from ..tracing.interpreter import Interpreter
 from ..tracing.node import CALL, READ, Captured, GradPoint, HookPoint, Later, Node
@@ -74,6 +75,7 @@ class Shapes:
         self._trials: list[Fakes] | None = None
         self._open: list[Fakes] | None = None
 
+    @entry
     def value(self, node: Node) -> Any:
         """A fake value of `node`. Raises ScheduleError if the model cannot be run fake."""
         if self._fakes is None:

@@ -49,6 +49,7 @@ from ..tracing.errors import (
     SourceError,
     UnknownModuleError,
 )
+from ..tracing.frames import entry
 from ..tracing.node import Node
 from ..tracing.session import Session
 from ..tracing.structure import ATOMS, leaves, map_leaves
@@ -198,6 +199,7 @@ class Model(Envoy):
         """True once the weights are there."""
         return self._module is not None
 
+    @entry
     def load(self) -> torch.nn.Module:
         """Load the weights now instead of at the exit of the first block; gives the module."""
         assert self._module is not None

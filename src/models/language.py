@@ -14,6 +14,7 @@ from ..envoy import Alias
 from ..intervention import Pass, Run
 from ..tracing.context import Invoker, Tracer
 from ..tracing.errors import BlockError, InputError, LoadError, near
+from ..tracing.frames import entry
 from ..tracing.node import READ, WRITE
 from ..tracing.structure import ATOMS
 from . import calls
@@ -66,6 +67,7 @@ class LanguageModel(Model):
             hidden = model.transformer.h[-1].output.save()   # [batch, token, d_model]
     """
 
+    @entry
     def __init__(
         self,
         source: Any,
@@ -142,6 +144,7 @@ class LanguageModel(Model):
 
     # ---------------------------------------------------------------- the module
 
+    @entry
     def load(self) -> torch.nn.Module:
         with self._lock:
             if self._module is None:
@@ -271,6 +274,7 @@ class LanguageModel(Model):
 
     # ---------------------------------------------------------------- blocks
 
+    @entry
     def trace(self, *args: Any, **kwargs: Any) -> Tracer:
         """One forward. With a prompt, the block is about it; without, open invokes inside.
 
@@ -284,6 +288,7 @@ class LanguageModel(Model):
         """
         return self._open(args, kwargs, generates=False)
 
+    @entry
     def generate(self, *args: Any, num: int | None = None, **kwargs: Any) -> Any:
         """A generation; `generator.output` has the token ids [prompt, token].
 

@@ -544,8 +544,8 @@ class ScheduleError(GraftworkError):
     def shared(cls, what: str, location: Location, reason: str) -> ScheduleError:
         return cls.at(
             location,
-            f"{what} cannot be split into the prompts of a batch: {reason}. Give this prompt a block of "
-            "its own.",
+            f"{what} cannot be split into the prompts of a batch: {reason}. Give this prompt a block "
+            "of its own.",
         )
 
 

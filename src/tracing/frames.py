@@ -66,8 +66,12 @@ def shorten(error: BaseException) -> None:
     if not again:
         frames = traceback.walk_tb(below)
         error.full_traceback = traceback.StackSummary.extract(frames, lookup_lines=False)  # type: ignore[attr-defined]
-    kept = _kept(below, keep_library=not again and line_of(error) is None)
     line = line_of(error)
+    kept = _users(below)
+    if not again:
+        kept = _last_of_library(below) if line is None and not kept else kept
+        if line is not None:
+            kept = _users(_below_ours(below))  # not the model's own, which came by that place
     if line is not None and not any(_is_at(one, line) for one in kept):
         kept.insert(0, _traceback_at(line, caught.tb_frame))
     cut = None
@@ -84,15 +88,22 @@ def _entries(start: TracebackType | None) -> Iterator[TracebackType]:
         start = start.tb_next
 
 
-def _kept(start: TracebackType | None, keep_library: bool) -> list[TracebackType]:
-    """The entries of the user's own code, and where none is, the last one of a library that is not
-    torch: the line of the model that failed."""
-    entries = list(_entries(start))
-    own = [one for one in entries if _kind(one.tb_frame) == _USERS]
-    if own or not keep_library:
-        return own
-    last = [one for one in entries if _kind(one.tb_frame) == _LIBRARY]
-    return last[-1:]
+def _users(start: TracebackType | None) -> list[TracebackType]:
+    """The entries of the user's own code."""
+    return [one for one in _entries(start) if _kind(one.tb_frame) == _USERS]
+
+
+def _last_of_library(start: TracebackType | None) -> list[TracebackType]:
+    """The last entry of a library that is not torch: the line of the model that failed."""
+    return [one for one in _entries(start) if _kind(one.tb_frame) == _LIBRARY][-1:]
+
+
+def _below_ours(start: TracebackType | None) -> TracebackType | None:
+    """What the operation that failed has called."""
+    for one in _entries(start):
+        if one.tb_frame.f_code.co_filename.startswith(IN_PACKAGE):
+            start = one.tb_next
+    return start
 
 
 def _kind(frame: FrameType) -> str:
@@ -168,6 +179,6 @@ def _shorten_chain(error: BaseException, frame: FrameType) -> None:
         first = one.__traceback__
         if first is not None and first.tb_frame in outside:
             continue
-        kept = _kept(first, keep_library=False)[-1:]
+        kept = _users(first)[-1:]
         one.__traceback__ = kept[0] if kept else None
         pending += [one.__cause__, one.__context__]

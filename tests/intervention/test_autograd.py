@@ -783,7 +783,7 @@ def test_the_gradient_of_another_invoke_comes_from_an_earlier_pass(
 
 def test_backwards_that_wait_for_each_other_are_refused(gpt2: Any, ids: torch.Tensor) -> None:
     _, model = gpt2
-    with pytest.raises(OrderError, match=r"(?s)wait for each other's gradients.*# first"):
+    with pytest.raises(OrderError, match=r"(?s)# first.*wait for each other's gradients"):
         with model.trace(ids):
             hidden = model.transformer.h[0].output
             (hidden.grad * hidden).sum().backward()  # first
@@ -853,7 +853,7 @@ def test_torchs_own_refusals_name_the_line(gpt2: Any, ids: torch.Tensor) -> None
     with pytest.raises(RuntimeError, match="only for scalar outputs") as caught:
         with model.trace(ids):
             model.lm_head.output.backward()  # of no scalar
-    assert "# of no scalar" in "".join(caught.value.__notes__)
+    assert "# of no scalar" in str(caught.value).splitlines()[0]
 
 
 def test_gradient_checkpointing_is_refused(gpt2: Any, ids: torch.Tensor) -> None:

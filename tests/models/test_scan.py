@@ -53,13 +53,13 @@ def test_a_wrong_operation_is_of_its_line() -> None:
     with pytest.raises(RuntimeError) as caught:
         with model.scan(PROMPT):
             model.transformer.h[0].output @ torch.zeros(3, 3)
-    assert "test_scan.py" in str(getattr(caught.value, "__notes__", caught.value.args))
+    assert "test_scan.py" in str(caught.value).splitlines()[0]
     assert not model.loaded
 
 
 def test_a_write_that_does_not_fit() -> None:
     model = LanguageModel("graftwork/tiny")
-    with pytest.raises(GraftworkError, match=r"does not fit(.|\n)*test_scan\.py"):
+    with pytest.raises(GraftworkError, match=r"(?s)test_scan\.py.*does not fit"):
         with model.scan(PROMPT):
             model.transformer.h[0].output = torch.zeros(1, 8, 5)
     assert not model.loaded

@@ -128,7 +128,7 @@ def test_each_prompt_decides_for_itself_and_only_its_branch_runs(model: Any) -> 
     for (first, second), number in zip(saved, numbers, strict=True):
         chosen, left = (first, second) if number > limit else (second, first)
         assert float(chosen) == pytest.approx(number, abs=1e-4)
-        with pytest.raises(StepError, match=r"branch that was not taken.*test_branches\.py"):
+        with pytest.raises(StepError, match=r"(?s)test_branches\.py.*branch that was not taken"):
             _ = left.value
 
 
@@ -272,7 +272,7 @@ def test_what_is_refused(model: Any) -> None:
     with pytest.raises(ValueError, match=r"one value.*\.any\(\)") as raised:
         with model.trace(PROMPTS[0]) as tracer, tracer.cond(model.transformer.h[0].output[0] > 0):
             model.transformer.h[1].output[0][:] = 0
-    assert "test_branches.py" in "".join(raised.value.__notes__)
+    assert "test_branches.py" in str(raised.value).splitlines()[0]
     with pytest.raises(BlockError, match="directly after"), model.trace(PROMPTS[0]) as tracer:
         with tracer.otherwise():
             pass

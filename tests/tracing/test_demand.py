@@ -256,7 +256,7 @@ def test_a_wrong_operation_is_of_the_line_that_recorded_it(
         wrong = h @ torch.zeros(3, 3)
         with pytest.raises(RuntimeError) as caught:
             float(wrong.sum())
-        assert "test_demand.py" in "".join(getattr(caught.value, "__notes__", ["test_demand.py"]))
+        assert "test_demand.py" in str(caught.value).splitlines()[0]
         good = float(h.sum())  # the block goes on
     assert good == pytest.approx(float(plain(gpt2_module, ids, MID).sum()), rel=1e-4)
 
