@@ -6,21 +6,18 @@ how it is turned, follows from the skeleton. The weights of a loaded model are `
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from ..tracing.errors import InputError, LoadError, UnavailableNameError
 from .architectures import Weight
-from .loading import Checkpoint, folder_of
+from .checkpoint_files import opened
+from .loading import Checkpoint
 from .weights import Weights, oriented, shares
 
 logger = logging.getLogger("graftwork")
@@ -105,7 +102,7 @@ def _read(model: Any, path: str, weight: Weight) -> torch.Tensor:
     parameter = getattr(module, weight.parameter)
     files = _files(checkpoint)
     key = _key(model, parameter, files)
-    file = _resolve(checkpoint, files[key])
+    file = checkpoint.files.path(files[key])
     if file is None:
         raise LoadError(
             f"{checkpoint.name!r} has no file {files[key]!r}, which its index names for `{key}`: the "
@@ -113,7 +110,7 @@ def _read(model: Any, path: str, weight: Weight) -> torch.Tensor:
         )
     meta = torch.empty(parameter.shape, device="meta")
     view = oriented(module, weight, meta, sizes)
-    with _opened(file) as handle:
+    with opened(file) as handle:
         shape = handle.get_slice(key).get_shape()
         if tuple(shape) != tuple(meta.shape):
             raise LoadError(
@@ -126,7 +123,7 @@ def _read(model: Any, path: str, weight: Weight) -> torch.Tensor:
             found: torch.Tensor = oriented(module, weight, whole, sizes)
             return found
     # Slices are views of a mapped file: bytes are read where they are copied, and theirs alone.
-    with _opened(file, mapped=True) as handle:
+    with opened(file, mapped=True) as handle:
         part = _part(
             handle.get_slice(key), meta.shape, view.shape, view.stride(), view.storage_offset()
         )
@@ -143,66 +140,13 @@ def _files(checkpoint: Checkpoint) -> dict[str, str]:
     changed = any(options.get(one) is not None for one in _OTHER_WEIGHTS)
     if changed or getattr(config, "quantization_config", None) is not None:
         raise _NotAsStoredError("its weights are not those of its files, but made from them")
-    variant = f".{options['variant']}" if options.get("variant") else ""
-    named = getattr(config, "transformers_weights", None)
-    candidates = [named] if named else [f"model{variant}.safetensors"]
-    candidates += [] if named else [f"model.safetensors.index{variant}.json"]
-    for name in candidates if options.get("use_safetensors") is not False else ():
-        path = _resolve(checkpoint, name)
-        if path is not None and name.endswith(".json"):
-            return _indexed(path)
-        if path is not None:
-            with _opened(path) as handle:
-                return dict.fromkeys(handle.keys(), name)
-    raise _NotAsStoredError("it has no safetensors files, and others cannot be read in parts")
-
-
-def _indexed(path: str) -> dict[str, str]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            return dict(json.load(file)["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise LoadError(f"{os.path.basename(path)} is no index of weights: {error!r}") from error
-
-
-def _resolve(checkpoint: Checkpoint, name: str) -> str | None:
-    """The path of a file of the checkpoint; None if it has none of that name."""
-    hub, folder = checkpoint.hub, folder_of(checkpoint.name)
-    if os.path.isdir(folder):
-        path = os.path.join(folder, hub.get("subfolder") or "", name)
-        return path if os.path.isfile(path) else None
-    from transformers.utils.hub import cached_file
-
-    other = ("trust_remote_code", "code_revision", "force_download")
-    options = {key: value for key, value in hub.items() if key not in other}
-    try:
-        found: str | None = cached_file(folder, name, **options)
-    except OSError:  # not there, or no network: loading says which
-        return None
+    found = None
+    if options.get("use_safetensors") is not False:
+        named = getattr(config, "transformers_weights", None)
+        found = checkpoint.files.tensors(options.get("variant"), named)
+    if found is None:
+        raise _NotAsStoredError("it has no safetensors files, and others cannot be read in parts")
     return found
-
-
-@contextmanager
-def _opened(path: str, mapped: bool = False) -> Iterator[Any]:
-    """A safetensors file.
-
-    Args:
-        mapped: map it into memory: slices are lazy, and whole tensors stay tied to the file.
-    """
-    try:
-        with _handle(path, mapped) as handle:
-            yield handle
-    except SafetensorError as error:
-        raise LoadError(f"{os.path.basename(path)} cannot be read: {error}") from error
-
-
-def _handle(path: str, mapped: bool) -> Any:
-    if not mapped:
-        try:
-            return safe_open(path, framework="pt", backend="pread")
-        except TypeError:  # safetensors before 0.8 maps always
-            pass
-    return safe_open(path, framework="pt")
 
 
 # -------------------------------------------------------------------- names
@@ -242,8 +186,7 @@ def _key(model: Any, parameter: torch.Tensor, keys: Iterable[str]) -> str:
     if converters:
         raise _NotAsStoredError(f"`{names[0]}` is not in its files under this name")
     raise LoadError(
-        f"{checkpoint.name!r} has no tensor for `{names[0]}`. Loading the model would fill it with "
-        "random numbers."
+        f"{checkpoint.name!r} has no tensor for `{names[0]}`: loading the model would be refused."
     )
 
 

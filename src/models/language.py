@@ -33,7 +33,7 @@ from .generation import (
     StoppingClock,
     looks_at_steps,
 )
-from .loading import Checkpoint, classifies_images
+from .loading import Checkpoint, placement, takes_images
 from .locks import turn_of
 from .prompts import PER_TOKEN, Reader, TextPrompt, batch
 
@@ -52,14 +52,19 @@ class LanguageModel(Model):
     Args:
         source: hub id, folder, "graftwork/tiny" (in the package), or a transformers module.
         tokenizer: instead of the checkpoint's own; needed for text with a module.
-        dtype: fp32, fp16, bf16, fp64, int8, int4, nf4 or a torch.dtype; default the checkpoint's.
+        dtype: fp32, fp16, bf16, fp64 (or float32 …), int8, int4, nf4 or a torch.dtype; default the
+            checkpoint's.
         device_map: as in transformers: "auto", "cpu", "cuda:0", or a mapping of modules.
         rename: further names for modules, as for `Model`.
         hook_config: which policies `model.hooks` has where, as for `Model`.
-        **options: go to `from_pretrained`.
+        **options: go to `from_pretrained`, but for these: `automodel`, a class of transformers or its
+            name, instead of the one that the checkpoint was saved as; `task`, the same by what it is
+            for, such as "text-classification"; `allow_missing`, patterns of weights that may be random
+            or left out, such as ["score.*"]; `dispatch=True` loads now.
 
     Raises:
-        LoadError: there is no such model, or the options do not fit.
+        LoadError: there is no such model, or the options do not fit. When the weights are loaded: the
+            files are damaged, or are not those of this model.
 
     Example:
         model = LanguageModel("graftwork/tiny")
@@ -81,6 +86,8 @@ class LanguageModel(Model):
     ) -> None:
         if "torch_dtype" in options:
             dtype = options.pop("torch_dtype")
+        device_map = placement(options, device_map)
+        dispatch = options.pop("dispatch", False)
         self._checkpoint: Checkpoint | None = None
         self.config: Any
         if isinstance(source, torch.nn.Module):
@@ -107,7 +114,7 @@ class LanguageModel(Model):
             self._checkpoint = Checkpoint(name, dtype, device_map, options)
             self.config = self._checkpoint.config
             self._start(self._checkpoint.skeleton(), rename)
-            if classifies_images(self.config):
+            if takes_images(self.module_tree()):
                 self.__class__ = ImageModel  # by its name alone nobody could tell
             elif tokenizer is None:
                 tokenizer = self._checkpoint.tokenizer()
@@ -137,6 +144,8 @@ class LanguageModel(Model):
         self._causal: bool | None = None
         if hook_config is not None:
             self.set_hook_config(hook_config)
+        if dispatch:
+            self.load()
 
     def _start(self, skeleton: torch.nn.Module, rename: Mapping[Any, Any] | None) -> None:
         super().__init__(skeleton, rename=rename)
@@ -198,7 +207,10 @@ class LanguageModel(Model):
         return limit - offset
 
     def _vocabulary(self) -> int | None:
-        embedding = self.module_tree().get_input_embeddings()  # type: ignore[operator]
+        try:
+            embedding = self.module_tree().get_input_embeddings()  # type: ignore[operator]
+        except NotImplementedError:  # several inputs, as of CLIP, or one that is no token
+            return None
         return getattr(embedding, "num_embeddings", None)
 
     # ---------------------------------------------------------------- structure
@@ -303,6 +315,11 @@ class LanguageModel(Model):
         """
         if num is not None:
             return calls.generate_text(self, args, num, kwargs)
+        if not hasattr(self.module_tree(), "generate"):
+            raise InputError(
+                f"{type(self.module_tree()).__name__} generates nothing: `trace` is one forward of it. "
+                "The checkpoint may have a class that generates: `automodel=`."
+            )
         return self._open(args, kwargs, generates=True)
 
     # ---------------------------------------------------------------- values without a block
@@ -696,7 +713,7 @@ class LanguageModel(Model):
 
 
 class ImageModel(LanguageModel):
-    """An image classifier by name: its prompts are pixels [image, channel, height, width], given as to
+    """A model of images by name: its prompts are pixels [image, channel, height, width], given as to
     any module."""
 
     trace = Model.trace
@@ -721,7 +738,7 @@ class ImageModel(LanguageModel):
         return (torch.linspace(-1, 1, count).reshape(sizes),), {}
 
     def generate(self, *args: Any, num: int | None = None, **kwargs: Any) -> Any:
-        raise InputError(f"{type(self.module_tree()).__name__} classifies images, it has no text.")
+        raise InputError(f"{type(self.module_tree()).__name__} takes images, it has no text.")
 
 
 Model._loads = LanguageModel

@@ -10,13 +10,19 @@ import copy
 import importlib.util
 import logging
 import os
+import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from ..tracing.errors import LoadError, near
 from .architectures import pads_right
+from .checkpoint_files import CheckpointFiles
+from .loaded_weights import check_weights
+from .model_class import build, model_class
 
 logger = logging.getLogger("graftwork")
 
@@ -29,10 +35,28 @@ DTYPES: dict[str, torch.dtype] = {
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
 }
+#: As torch, numpy and transformers spell them.
+SPELLINGS = {
+    "float64": "fp64",
+    "double": "fp64",
+    "float32": "fp32",
+    "float": "fp32",
+    "single": "fp32",
+    "float16": "fp16",
+    "half": "fp16",
+    "bfloat16": "bf16",
+}
 QUANTIZED = ("int8", "int4", "nf4")
 _HUB_OPTIONS = (
     "revision", "trust_remote_code", "cache_dir", "token", "local_files_only", "subfolder",
     "code_revision", "force_download", "proxies",
+)  # fmt: skip
+#: What else people give, for the advice where a name is none of them.
+_KNOWN_OPTIONS = (
+    *_HUB_OPTIONS, "dtype", "device_map", "tokenizer", "rename", "hook_config", "automodel", "task",
+    "allow_missing", "config", "quantization_config", "attn_implementation", "max_memory", "variant",
+    "offload_folder", "use_safetensors", "ignore_mismatched_sizes", "generation_config", "gguf_file",
+    "key_mapping", "experts_implementation", "distributed_config", "dispatch", "device",
 )  # fmt: skip
 
 
@@ -54,6 +78,22 @@ def folder_of(name: str) -> str:
     return str(Path(__file__).parent / "tiny") if name == TINY else name
 
 
+def placement(options: dict[str, Any], device_map: Any) -> Any:
+    """`device_map`, also where it is given in another spelling; takes that out of the options.
+
+    Raises:
+        LoadError: it is given twice.
+    """
+    for spelling in ("devicemap", "device"):
+        if options.get(spelling) is not None and device_map is not None:
+            raise LoadError(
+                f"`device_map=` and `{spelling}=` say the same thing: give one of them."
+            )
+        device_map = options.pop(spelling, None) if device_map is None else device_map
+        options.pop(spelling, None)
+    return device_map
+
+
 def weights_dtype(dtype: Any, device_map: Any) -> dict[str, Any]:
     """`from_pretrained` arguments for a dtype given by name or as a torch.dtype.
 
@@ -66,6 +106,9 @@ def weights_dtype(dtype: Any, device_map: Any) -> dict[str, Any]:
         return {}
     if isinstance(dtype, torch.dtype) or dtype == "auto":
         return {"dtype": dtype}
+    if isinstance(dtype, str):
+        plain = dtype.lower().removeprefix("torch.")
+        dtype = SPELLINGS.get(plain, plain)
     if dtype in DTYPES:
         return {"dtype": DTYPES[dtype]}
     if dtype not in QUANTIZED:
@@ -102,31 +145,56 @@ def weights_dtype(dtype: Any, device_map: Any) -> dict[str, Any]:
 
 def available(device_map: Any) -> Any:
     """`device_map`, moved to the CPU where it names CUDA and there is none."""
-    wants_cuda = isinstance(device_map, (str, torch.device)) and str(device_map).startswith("cuda")
-    if wants_cuda and not torch.cuda.is_available():
-        logger.warning("device_map=%r, but there is no CUDA device: loading on the CPU", device_map)
+    if torch.cuda.is_available():
+        return device_map
+    mapped = isinstance(device_map, Mapping)
+    places = list(device_map.values()) if mapped else [device_map]
+    if not any(_is_cuda(place) for place in places):
+        return device_map
+    logger.warning("device_map=%r, but there is no CUDA device: loading on the CPU", device_map)
+    if not mapped:
         return "cpu"
-    return device_map
+    return {path: "cpu" if _is_cuda(place) else place for path, place in device_map.items()}
+
+
+def _is_cuda(place: Any) -> bool:
+    """True for a CUDA device, also by its number."""
+    if isinstance(place, int) and not isinstance(place, bool):
+        return True
+    return isinstance(place, (str, torch.device)) and str(place).startswith("cuda")
 
 
 class Checkpoint:
-    """A hub id or folder: its configuration now, its weights when they are asked for."""
+    """A hub id or folder: its configuration now, its weights when they are asked for.
+
+    Args:
+        options: those of `from_pretrained`, and `automodel`, `task` and `allow_missing`, as for
+            `LanguageModel`.
+    """
 
     def __init__(self, name: str, dtype: Any, device_map: Any, options: dict[str, Any]) -> None:
         self.name = name
         self._folder = folder_of(name)
         self.hub = {key: options[key] for key in _HUB_OPTIONS if key in options}
+        # Asked with None, transformers waits for an answer on the terminal.
+        self.hub["trust_remote_code"] = bool(self.hub.get("trust_remote_code"))
+        self.files = CheckpointFiles(name, self._folder, self.hub)
         self.device_map = available(device_map)
         self._options = dict(options)
         config = self._options.pop("config", None)
+        automodel, task = (self._options.pop(key, None) for key in ("automodel", "task"))
+        allowed = self._options.pop("allow_missing", None) or ()
+        self._allowed = (allowed,) if isinstance(allowed, str) else tuple(allowed)
         self._dtype = weights_dtype(dtype, self.device_map)
         self.config = config if config is not None else self._read_config()
-        self._class = model_class(self.config)
+        self._class = model_class(self.config, automodel, task)
 
     def _read_config(self) -> Any:
         from transformers import AutoConfig
 
-        if os.path.isdir(self._folder) and not os.path.isfile(f"{self._folder}/config.json"):
+        if os.path.isdir(self._folder) and not os.path.isfile(
+            os.path.join(self._folder, self.hub.get("subfolder") or "", "config.json")
+        ):
             raise LoadError(
                 f"The folder {self.name!r} has no config.json, so it holds no model. A folder written "
                 "by `save_pretrained` has one."
@@ -137,6 +205,11 @@ class Checkpoint:
             raise LoadError(self._not_found(error)) from error
 
     def _not_found(self, error: Exception) -> str:
+        if "custom code" in str(error) or "trust_remote_code" in str(error):
+            return (
+                f"{self.name!r} has code of its own, which is not run unless you trust it: read it, "
+                "and pass trust_remote_code=True."
+            )
         first = str(error).strip().split("\n", 1)[0]
         if os.path.isdir(self._folder):
             return f"The folder {self.name!r} cannot be read as a model: {first}"
@@ -167,28 +240,66 @@ class Checkpoint:
         attention = self._options.get("attn_implementation")
         if attention in ("eager", "sdpa"):
             options["attn_implementation"] = attention
-        if self.hub.get("trust_remote_code"):
+        if self.hub["trust_remote_code"] and hasattr(self._class, "_model_mapping"):
             options["trust_remote_code"] = True
         config = copy.deepcopy(self.config)
         with torch.device("meta"):
-            module = self._class.from_config(config, **options).eval()
+            module = build(self._class, config, **options).eval()
         if hasattr(config, "num_experts") or hasattr(config, "num_local_experts"):
             # The other implementations have shapes that depend on data, or fake kernels for bf16 only.
             module.set_experts_implementation("batched_mm")
         return module  # type: ignore[no-any-return]
 
     def load(self) -> torch.nn.Module:
-        """Read the weights."""
-        options = {**self._options, **self._dtype}
+        """Read the weights.
+
+        Raises:
+            LoadError: files are missing or damaged, or do not hold the weights of the model.
+        """
+        options = {**self._options, **self.hub, **self._dtype, "output_loading_info": True}
+        # What has another shape is refused below, with its name.
+        options["ignore_mismatched_sizes"] = True
+        if not hasattr(self._class, "_model_mapping"):
+            options.pop("code_revision", None)  # for Auto classes alone
         if self.device_map is not None:
             options["device_map"] = self.device_map
         try:
-            module = self._class.from_pretrained(
+            module, info = self._class.from_pretrained(
                 self._folder, config=copy.deepcopy(self.config), **options
             )
-        except OSError as error:
-            raise LoadError(self._not_found(error)) from error
+        except (
+            OSError, SafetensorError, RuntimeError, ValueError, KeyError, EOFError, TypeError,
+            pickle.UnpicklingError,
+        ) as error:  # fmt: skip
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            self._explain(error)
+            raise
+        if self._options.get("ignore_mismatched_sizes"):
+            info = {**info, "mismatched_keys": ()}
+        check_weights(module, info, self.name, self._allowed)
         return module.eval()  # type: ignore[no-any-return]
+
+    def _explain(self, error: Exception) -> None:
+        """Say of an error of loading what is wrong with the checkpoint or the options, if that is it.
+
+        Raises:
+            LoadError: it is.
+        """
+        try:
+            self.files.check(
+                self._options.get("variant"), getattr(self.config, "transformers_weights", None)
+            )
+        except LoadError as found:
+            raise found from error
+        text = str(error)
+        if isinstance(error, TypeError) and "unexpected keyword argument" in text:
+            name = text.rpartition("argument ")[2].strip("'\"")
+            raise LoadError(
+                f"`{name}=` is no option for loading {self.name!r}. {near(name, _KNOWN_OPTIONS)}"
+            ) from error
+        if isinstance(error, OSError):
+            raise LoadError(self._not_found(error)) from error
 
 
 def _is_blank(tokenizer: Any) -> bool:
@@ -202,33 +313,12 @@ def _is_blank(tokenizer: Any) -> bool:
     return len(set(tokenizer.get_vocab()) - special) <= 1
 
 
-def classifies_images(config: Any) -> bool:
-    """True for a checkpoint of an image classifier."""
-    named = (getattr(config, "architectures", None) or [""])[0]
-    return bool(named.endswith("ForImageClassification"))
-
-
-def model_class(config: Any) -> Any:
-    """The Auto class with a language model head for a configuration, or the bare one."""
-    from transformers import (
-        AutoModel,
-        AutoModelForCausalLM,
-        AutoModelForImageClassification,
-        AutoModelForMaskedLM,
-        AutoModelForSeq2SeqLM,
+def takes_images(module: torch.nn.Module) -> bool:
+    """True for a model whose input is pixels alone, such as an image classifier."""
+    return (
+        getattr(module, "main_input_name", "") == "pixel_values"
+        and not module.config.is_encoder_decoder  # type: ignore[union-attr]
     )
-
-    named = (getattr(config, "architectures", None) or [""])[0]
-    if named.endswith("ForMaskedLM"):
-        return AutoModelForMaskedLM
-    if classifies_images(config):
-        return AutoModelForImageClassification
-    for kind in (AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForMaskedLM):
-        if type(config) in kind._model_mapping or "AutoModelForCausalLM" in (
-            getattr(config, "auto_map", None) or {}
-        ):
-            return kind
-    return AutoModel
 
 
 def meta_copy(module: torch.nn.Module) -> torch.nn.Module:

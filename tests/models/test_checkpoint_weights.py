@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from graftwork import LanguageModel
-from graftwork.models import checkpoint_weights
+from graftwork.models import checkpoint_files
 from graftwork.models.checkpoint_weights import read_weight
 from graftwork.tracing.errors import InputError, LoadError, UnavailableNameError
 
@@ -245,7 +245,7 @@ def test_older_safetensors_that_always_map_are_enough(
     def always_maps(path: str, framework: str) -> Any:
         return safetensors.safe_open(path, framework)
 
-    monkeypatch.setattr(checkpoint_weights, "safe_open", always_maps)
+    monkeypatch.setattr(checkpoint_files, "safe_open", always_maps)
     assert_all_equal(save(build("gpt_neox"), tmp_path))
 
 
@@ -363,7 +363,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     model = LanguageModel(str(save(build("llama"), tmp_path)))
     whole = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(LoadError, match=r"model\.safetensors cannot be read"):
+    with pytest.raises(LoadError, match=r"model\.safetensors \(\d+ bytes\) cannot be read"):
         read_weight(model, 0, "attn.W_Q")
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "model.safetensors.index.json").write_text('{"metadata": {}}')
@@ -418,7 +418,7 @@ def test_no_numbers_but_those_of_the_weight_are_read(
 ) -> None:
     counter: list[int] = []
     monkeypatch.setattr(
-        checkpoint_weights,
+        checkpoint_files,
         "safe_open",
         lambda *args, **options: CountingFile(safetensors.safe_open(*args, **options), counter),
     )

@@ -337,6 +337,59 @@ def test_offloaded_weights_are_read_edited_and_used(
     assert torch.allclose(product.value, found["y"], atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("spelling", "dtype"),
+    [
+        ("float16", torch.float16),
+        ("half", torch.float16),
+        ("torch.bfloat16", torch.bfloat16),
+        ("bfloat16", torch.bfloat16),
+        ("FP16", torch.float16),
+        ("float32", torch.float32),
+        ("double", torch.float64),
+    ],
+)
+def test_dtypes_as_others_spell_them(
+    folders: dict[str, str], spelling: str, dtype: torch.dtype
+) -> None:
+    model = LanguageModel(folders["gpt2"], dtype=spelling)
+    assert model.transformer.wte.weight.dtype == dtype
+    assert model.load().get_parameter("transformer.wte.weight").dtype == dtype
+
+
+@pytest.mark.parametrize("options", [{"device": "cpu"}, {"devicemap": "cpu"}])
+def test_a_device_as_others_spell_it(folders: dict[str, str], options: Any) -> None:
+    model = LanguageModel(folders["gpt2"], **options)
+    assert model.device == torch.device("cpu")
+    assert all(p.device.type == "cpu" for p in model.load().parameters())
+    with pytest.raises(LoadError, match="say the same thing"):
+        LanguageModel(folders["gpt2"], device_map="cpu", **options)
+
+
+def test_dispatch_loads_now(folders: dict[str, str]) -> None:
+    assert LanguageModel(folders["gpt2"], dispatch=True).loaded
+    assert not LanguageModel(folders["gpt2"], dispatch=False).loaded
+    assert LanguageModel(gpt2(), dispatch=True).loaded
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens where there is no CUDA")
+@pytest.mark.parametrize("place", ["cuda:0", torch.device("cuda"), 0])
+def test_a_mapping_to_cuda_without_one_is_the_cpu(
+    folders: dict[str, str], place: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = LanguageModel(folders["gpt2"], device_map={"": place})
+    assert "there is no CUDA device" in caplog.text
+    with model.trace(IDS):
+        hidden = model.transformer.h[1].output[0].save()
+    assert torch.equal(hidden.value, plain_block(folders["gpt2"], "transformer.h"))
+
+
+def test_an_option_that_nobody_knows_is_one_sentence(folders: dict[str, str]) -> None:
+    model = LanguageModel(folders["gpt2"], atn_implementation="eager")
+    with pytest.raises(LoadError, match=r"`atn_implementation=` is no option.*attn_implementation"):
+        model.load()
+
+
 def test_further_keywords_go_to_from_pretrained(folders: dict[str, str]) -> None:
     model = LanguageModel(folders["llama"], attn_implementation="eager")
     with model.trace(IDS):

@@ -186,5 +186,5 @@ def test_an_image_model_by_name(tmp_path: Any) -> None:
         plain("vit", pixels, {("mlp_pre_out", 1): torch.zeros_like}),
     )
     assert model.verify_names().ok
-    with pytest.raises(GraftworkError, match="classifies images"):
+    with pytest.raises(GraftworkError, match="takes images"):
         model.generate(pixels, num=3)
