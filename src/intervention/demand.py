@@ -159,6 +159,12 @@ class Known:
         self.random: list[torch.Tensor] | None = None
         self._prompts = 0
 
+    def anew(self) -> Known:
+        """Of the same block, with nothing known but what it draws."""
+        again = Known()
+        again.random = self.random
+        return again
+
     # ---------------------------------------------------------------- what still holds
 
     def update(self, tracer: Tracer, places: Places) -> None:

@@ -64,6 +64,9 @@ class Structure(Protocol):
     def rows_each(self, tracer: Tracer, path: str) -> int:
         """Rows that a module of a generation has for each row of a prompt: beams, say."""
 
+    def past(self, tracer: Tracer) -> int:
+        """Tokens of the prompt for which the user's own cache stands in a generation."""
+
 
 class Shapes:
     """The oracle of one block."""
@@ -129,7 +132,15 @@ class Shapes:
             for start, stop in p.spans
             for _ in range(each)
         ]
-        return spans, width + step
+        past = self._past(step)
+        if past:
+            spans = [(max(0, start - past), stop - past) for start, stop in spans]
+        return spans, width + step - past
+
+    def _past(self, step: int) -> int:
+        """Tokens of the prompt that no forward of a generation sees: a cache stands for them."""
+        tracer = self._tracer
+        return self._structure.past(tracer) if tracer.generates and not step else 0
 
     def _each(self, node: Node) -> int:
         """Rows for each row of a prompt, where `node` comes from."""
@@ -230,7 +241,7 @@ class Shapes:
         step = hook_point.step if hook_point is not None else 0
         spans, width = self._spans(node, step)
         if not step or width > 1:
-            return [(start, stop, 0) for start, stop in spans]
+            return [(start, stop, self._past(step)) for start, stop in spans]
         each = range(self._each(node))
         lengths = [stop - start for p in self._prompts(node) for start, stop in p.spans]
         return [(0, 1, length + step - 1) for length in lengths for _ in each]
@@ -244,7 +255,13 @@ class Shapes:
         """
         axis = self.token_axis(node)
         hook_point = _origin(node)
-        spans, width = self._spans(node, hook_point.step if hook_point is not None else 0)
+        step = hook_point.step if hook_point is not None else 0
+        spans, width = self._spans(node, step)
+        if self._past(step) and not (type(key) is int and key < 0):
+            raise InputError(
+                f"`.t[{key}]`: a cache stands for the prompt's first {self._past(step)} tokens, which "
+                "no forward sees. Count from the prompt's end, `.t[-1]`."
+            )
         if type(key) is int:
             for start, stop in spans:
                 if not start - stop <= key < stop - start:

@@ -56,6 +56,7 @@ from ..tracing.structure import ATOMS, leaves, map_leaves
 from ..tracing.template import Template
 from . import edits
 from .architectures import stacks_of
+from .changing import Changing, changed_in
 from .edits import Held
 from .execution import Execution, free_memory, settings_of
 from .explain import Explanation, explain
@@ -99,6 +100,15 @@ class TensorPrompt:
     @property
     def spans(self) -> list[tuple[int, int]]:
         return [(0, 0)] * len(self.lengths)
+
+    @property
+    def arguments(self) -> Any:
+        """What it gives the forward."""
+        return self.args, self.kwargs
+
+    def with_arguments(self, arguments: Any) -> TensorPrompt:
+        args, kwargs = arguments
+        return dataclasses.replace(self, args=args, kwargs=kwargs)
 
 
 class Model(Envoy):
@@ -428,6 +438,9 @@ class Model(Envoy):
     def rows_each(self, tracer: Tracer, path: str) -> int:
         return 1
 
+    def past(self, tracer: Tracer) -> int:
+        return 0
+
     def schedule(
         self,
         prompt: Any = None,
@@ -613,16 +626,20 @@ class Model(Envoy):
             args,
             kwargs,
             [0] * (rows.pop() if common else 1),
-            alone=not common,
+            alone=not common or bool(changed_in((args, kwargs))),
             needs_grad=any(tensor.requires_grad for tensor in tensors),
         )
 
     def execute(self, tracer: Tracer) -> Any:
         """Plan a finished block, load the weights if they are not loaded, and run it."""
         known: Known | None = tracer.recording.known
-        if known is None or tracer.graph.backwards or tracer.graph.stops:
-            # Autograd must see how values came to be, and the run where it is to stop.
+        if known is None:
             return self.run_block(tracer)
+        if tracer.graph.backwards or tracer.graph.stops or Changing(tracer):
+            # Autograd must see how values came to be, and the run where it is to stop; and arguments
+            # that a forward changes are to be as one forward leaves them.
+            with self._draws(tracer, known, True):
+                return self.run_block(tracer)
         places = self._places(tracer)
         known.update(tracer, places)
         return self._run_part(tracer, known, known.rest(tracer, places))
@@ -631,7 +648,7 @@ class Model(Envoy):
         """The value of a node of a block that is still open: runs what it needs."""
         known: Known = tracer.recording.known or Known()
         if tracer.graph.backwards or tracer.graph.stops:
-            known = Known()  # as in `execute`
+            known = known.anew()  # as in `execute`
         tracer.recording.known = known
         places = self._places(tracer)
         known.update(tracer, places)
@@ -653,13 +670,26 @@ class Model(Envoy):
 
     def _run_part(self, tracer: Tracer, known: Known, part: Part) -> Any:
         settings = dataclasses.replace(settings_of(tracer.settings), dead_code=True)
-        draws: AbstractContextManager[None] = nullcontext()
-        if tracer.generates or any(child.training for child in self.module_tree().modules()):
-            draws = same_draws(known, part.whole)
-        with draws:
+        with self._draws(tracer, known, part.whole):
             result = self.run_block(tracer.of_part(part, settings))
         known.learn(part)
         return result
+
+    def _draws(self, tracer: Tracer, known: Known, last: bool) -> AbstractContextManager[None]:
+        """In it, a run draws the random numbers that all runs of its block draw."""
+        if tracer.generates or any(child.training for child in self.module_tree().modules()):
+            return same_draws(known, last)
+        return nullcontext()
+
+    def check_repeats(self, tracer: Tracer) -> None:
+        """Refuse a block that would compute something else if it ran again.
+
+        Raises:
+            BlockError: a forward changes one of its arguments.
+        """
+        changing = Changing(tracer)
+        if changing:
+            raise BlockError.used_up(changing.kind, tracer.location)
 
     def run_block(self, tracer: Tracer) -> Any:
         """Plan and run a block, or a part of one."""
@@ -758,6 +788,8 @@ class Model(Envoy):
     def may_stop(self, tracer: Tracer, module: torch.nn.Module) -> bool:
         if (tracer.part is None or tracer.part.whole) and (tracer.generates or tracer.uses_output):
             return False
+        if Changing(tracer):
+            return False  # it would be left half-way
         # Offloaded weights go back after a module's forward; leaving one half-way would keep them.
         places = getattr(module, "hf_device_map", {}).values()
         return not any(str(place) in ("cpu", "disk") for place in places) or set(places) == {"cpu"}

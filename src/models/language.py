@@ -20,6 +20,7 @@ from ..tracing.structure import ATOMS
 from . import calls
 from .architectures import IDS, POSITIONS, alias_of, padding_of, pads, pads_right
 from .base import Model, accepts
+from .changing import changed_in
 from .execution import settings_of
 from .generation import (
     ALONE,
@@ -267,6 +268,10 @@ class LanguageModel(Model):
             return 1
         return self._options(tracer).repeats
 
+    def past(self, tracer: Tracer) -> int:
+        cache = tracer.kwargs.get("past_key_values")
+        return 0 if cache is None else int(cache.get_seq_length())
+
     def _in_encoder(self, path: str) -> bool:
         if not self.config.is_encoder_decoder:
             return False
@@ -450,6 +455,10 @@ class LanguageModel(Model):
 
     def batch_class(self, tracer: Tracer, invoke: int) -> Hashable:
         alike: Hashable = super().batch_class(tracer, invoke)
+        # The rows of a cache that somebody gives are those of one invoke, or of all of them.
+        past = tracer.kwargs.get("past_key_values")
+        if past is not None and _rows_of(past) == tracer.invokes[invoke].prompt.rows:
+            return invoke
         if not tracer.generates:
             return alike
         options, graph = self._options(tracer), tracer.graph
@@ -497,8 +506,9 @@ class LanguageModel(Model):
         other = {k: id(v) if isinstance(v, torch.Tensor) else v for k, v in prompt.other.items()}
         kinds = (*sorted(prompt.inputs), repr(other))
         # Without ids there is nothing to count positions from but the places in the batch.
-        if "labels" in prompt.inputs:
-            return kinds, id(prompt)  # a loss is the mean over all prompts of a batch
+        if "labels" in prompt.inputs or changed_in(prompt.other):
+            # A loss is the mean over all prompts of a batch; a cache has the rows of its prompt.
+            return kinds, id(prompt)
         counted = self._padding == IDS and "inputs_embeds" in prompt.inputs
         if not counted and self._pads():
             return kinds
@@ -509,7 +519,9 @@ class LanguageModel(Model):
         # same input is not the same computation.
         module, config = self.module_tree(), self.config.get_text_config()
         asked = any(getattr(config, f"output_{n}", False) for n in ("hidden_states", "attentions"))
-        return not (tracer.kwargs or module.training or asked)
+        prompts = (i.prompt for i in tracer.invokes if i.prompt is not None)
+        changed = any(changed_in(p.other) for p in prompts if p.other)
+        return not (tracer.kwargs or module.training or asked or changed)
 
     def may_be_causal(self) -> bool:
         config = self.config.get_text_config()
@@ -567,6 +579,7 @@ class LanguageModel(Model):
         if not self._takes_mask:
             inputs.pop("attention_mask")
         options = dict(tracer.kwargs)
+        past = options.get("past_key_values", inputs.get("past_key_values"))
         if not tracer.generates:
             if one.positions and "labels" not in inputs:
                 options.setdefault("logits_to_keep", one.positions)
@@ -574,8 +587,8 @@ class LanguageModel(Model):
                 options["past_key_values"], options["use_cache"] = cache, True
                 if one.cut:
                     inputs = _from_token(inputs, one.cut)
-            elif options.get("past_key_values") is not None:
-                inputs = _behind(inputs, options["past_key_values"])
+            elif past is not None:
+                inputs = _behind(inputs, past)
             elif one.starts or (
                 (len(prompts) > 1 or one.touches("skip")) and not self._sees_output(one)
             ):
@@ -593,6 +606,8 @@ class LanguageModel(Model):
             options["disable_compile"] = True  # hooks are not compiled
             given = options.get("stopping_criteria") or ()
             options["stopping_criteria"] = [*given, self._clock]
+        if tracer.part is not None and not tracer.part.whole:
+            options.pop("streamer", None)  # it hears of the block's last run alone
         if settings.get("pad_token_id") is None:
             options["pad_token_id"] = self._reader.pad
         return module.generate(**inputs, **options)  # type: ignore[operator]
@@ -752,6 +767,15 @@ def _from_token(inputs: dict[str, Any], cut: int) -> dict[str, Any]:
         positions = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
     rest = {name: tensor[:, cut:] for name, tensor in inputs.items() if name in PER_TOKEN}
     return {**inputs, **rest, "attention_mask": mask, "position_ids": positions[:, cut:]}
+
+
+def _rows_of(cache: Any) -> int | None:
+    """Rows that a cache of transformers holds; None for an empty one, or another object."""
+    for layer in getattr(cache, "layers", ()):
+        keys = getattr(layer, "keys", None)
+        if isinstance(keys, torch.Tensor) and keys.numel():
+            return keys.shape[0]
+    return None
 
 
 def _behind(inputs: dict[str, Any], cache: Any) -> dict[str, Any]:

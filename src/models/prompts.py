@@ -6,6 +6,7 @@ make each row compute what it computes alone.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -62,6 +63,16 @@ class TextPrompt:
     @property
     def rows(self) -> int:
         return len(self.lengths)
+
+    @property
+    def arguments(self) -> Any:
+        """What it gives the forward beside its tokens."""
+        return self.other
+
+    def with_arguments(self, arguments: Any) -> TextPrompt:
+        again = copy.copy(self)
+        again.other = arguments
+        return again
 
 
 class Reader:

@@ -161,6 +161,9 @@ class Backend(Protocol):
     def most_steps(self, tracer: Tracer, prompt: Any) -> int:
         """How many forwards a generation can have at most."""
 
+    def check_repeats(self, tracer: Tracer) -> None:
+        """Raises BlockError for a block that cannot run again."""
+
     def lasting_edits(self) -> list[Template]:
         """The lasting changes of the model, for every prompt, in the order in which they apply."""
 
@@ -400,6 +403,7 @@ class Tracer(Block):
             raise BlockError(
                 "a block with `with tracer.iter[…]` cannot be compiled; use a `for` loop."
             )
+        self._backend.check_repeats(self)
 
         def run(graph: Graph, prompts: tuple[Any, ...]) -> None:
             again = Tracer(

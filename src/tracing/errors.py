@@ -215,6 +215,22 @@ class BlockError(GraftworkError):
         )
 
     @classmethod
+    def uncopied(cls, kind: str, reason: str, location: Location) -> BlockError:
+        return cls(
+            f"The block at {location} takes several forwards, each of which changes its argument of "
+            f"type {kind}, and that cannot be copied ({reason}). Give each prompt a block of its own, "
+            "and save values instead of using them while the block is written."
+        )
+
+    @classmethod
+    def used_up(cls, kind: str, location: Location) -> BlockError:
+        return cls(
+            f"The block at {location} has an argument of type {kind}, which its forward changes: run "
+            "again, it would not compute the same. Write the block anew with the argument as it is to "
+            "be."
+        )
+
+    @classmethod
     def no_steps(cls, option: str, location: Location) -> BlockError:
         return cls(
             f"The block at {location} reads, writes or stops inside a generation, and under "
