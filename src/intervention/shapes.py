@@ -6,7 +6,7 @@ says their structure. Nothing here needs weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +22,7 @@ from ..tracing.operations import ELEMENT, GETITEM
 from ..tracing.structure import map_leaves
 from .rows import TOKEN, UNKNOWN, Opaque, TensorAxes, map_axes
 from .schedule import SIZES, Schedule
+from .tensors import Tensors
 
 #: What a module has under these names is no submodule.
 _PORTS = frozenset({"output", "input", "inputs", "skip", "source", "functions", "calls"})
@@ -58,6 +59,18 @@ class Structure(Protocol):
     def pads_right(self) -> bool:
         """True if the shorter rows of a batch are padded on the right."""
 
+    def submodule(self, path: str) -> torch.nn.Module: ...
+
+    @property
+    def tensor_places(self) -> dict[Hashable, bool]:
+        """Which places hold one tensor, as far as it was asked."""
+
+    def gives_tensor(self, tracer: Tracer) -> bool:
+        """True if the entry point of the block returns one tensor, and no structure."""
+
+    def return_options(self, tracer: Tracer) -> Hashable:
+        """Options of the block that change what modules return."""
+
     def keeps_cache(self, tracer: Tracer) -> bool:
         """False if every forward of the generation sees all tokens so far."""
 
@@ -75,6 +88,7 @@ class Shapes:
         self._tracer = tracer
         self._structure = structure
         self._fakes: Fakes | None = None
+        self._tensors: Tensors | None = None
         self._trials: list[Fakes] | None = None
         self._open: list[Fakes] | None = None
 
@@ -84,6 +98,19 @@ class Shapes:
         if self._fakes is None:
             self._fakes = Fakes(self._structure, self._size, self._schedule)
         return self._fakes.value(node)
+
+    def is_tensor(self, node: Node) -> bool:
+        """True if the value of `node` is known to be one tensor."""
+        if self._tensors is None:
+            structure = self._structure
+            options = structure.return_options(self._tracer)
+            result = options, "", "result"
+            if result not in structure.tensor_places:
+                structure.tensor_places[result] = structure.gives_tensor(self._tracer)
+            self._tensors = Tensors(
+                structure.submodule, structure.tensor_places, options, self.value
+            )
+        return self._tensors.holds(node)
 
     def device(self) -> torch.device:
         return self._structure.planned_device()

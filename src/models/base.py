@@ -181,6 +181,7 @@ class Model(Envoy):
                     name,
                 )
         self._envoys: dict[str, Envoy] = {}
+        self.tensor_places: dict[Hashable, bool] = {}
         self._schedules: dict[Any, Schedule | ScheduleError] = {}
         self._measured: dict[frozenset[tuple[str, str]], frozenset[tuple[str, str]]] = {}
         assert self._module is not None
@@ -535,6 +536,15 @@ class Model(Envoy):
             return self.skeleton()
         except Exception as error:  # whatever keeps a module from being copied
             raise ScheduleError.no_schedule("This block", f"it has no skeleton: {error}") from error
+
+    def gives_tensor(self, tracer: Tracer) -> bool:
+        """True if the entry point of the block returns one tensor, and no structure."""
+        return False
+
+    def return_options(self, tracer: Tracer) -> Hashable:
+        """Options of the block that change what modules return."""
+        options = self._trial_options(tracer)
+        return repr(options) if options else ""
 
     def _trial_options(self, tracer: Tracer) -> dict[str, Any]:
         """Keywords of the block that belong to the forward."""

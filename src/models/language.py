@@ -252,6 +252,15 @@ class LanguageModel(Model):
             inputs["decoder_input_ids"] = whole()
         return (), {**inputs, **options}
 
+    def gives_tensor(self, tracer: Tracer) -> bool:
+        given = tracer.kwargs.get("generation_config") or self.module_tree().generation_config
+        name = "return_dict_in_generate"
+        return tracer.generates and not tracer.kwargs.get(name, getattr(given, name, False))
+
+    def return_options(self, tracer: Tracer) -> Hashable:
+        ids = not tracer.generates or self.gives_tensor(tracer)
+        return super().return_options(tracer), tracer.generates, ids
+
     def _trial_options(self, tracer: Tracer) -> dict[str, Any]:
         return {
             name: value

@@ -20,7 +20,7 @@ from .experiment import Experiment
 from .frames import entry, shorten
 from .graph import Graph
 from .node import READ, HookPoint, Later, Node, user_line
-from .proxy import Proxy
+from .proxy import Handle, Proxy
 from .recording import ABANDONED, DONE, FAILED, OPEN, RUNNING, Oracle, Recording
 from .steps import Iter, Steps
 from .structure import leaves
@@ -605,7 +605,7 @@ def _compute_earlier(graph: Graph, node: Node) -> None:
 
 
 def read_in(
-    recording: Recording, invoke: int, hook_point: HookPoint, kind: type[Proxy] = Proxy
+    recording: Recording, invoke: int, hook_point: HookPoint, kind: type[Handle] = Handle
 ) -> Proxy:
     """The proxy of what is at `hook_point` for `invoke`: what arrives there, or the last write."""
     place = (invoke, hook_point)

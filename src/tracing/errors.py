@@ -691,6 +691,13 @@ class OperationError(GraftworkError, TypeError):
     """An operation that cannot be recorded."""
 
     @classmethod
+    def attribute(cls, name: str) -> OperationError:
+        return cls(
+            f"`.{name} = …` of a value of the block cannot be recorded. Write into the value "
+            "(`value[:] = …`), assign the place (`module.output = …`), or set it after the block."
+        )
+
+    @classmethod
     def outside_write(cls, name: str) -> OperationError:
         what = "tensor[...] = value" if name == "__setitem__" else f"tensor.{name}(value)"
         return cls(

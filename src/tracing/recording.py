@@ -22,6 +22,9 @@ class Oracle(Protocol):
     def value(self, node: Node) -> Any:
         """A value of the right structure, shapes and dtypes, without numbers."""
 
+    def is_tensor(self, node: Node) -> bool:
+        """True if the value of `node` is known to be one tensor."""
+
     def device(self) -> torch.device:
         """Where the model's values will be."""
 
@@ -125,8 +128,7 @@ class Recording:
         self.current.clear()
         self.parameters.clear()
         for handle in self.saved:
-            # A saved part would keep the saved whole alive.
-            handle._parent = None
+            handle._end()
         self.saved.clear()
         self.graph.release()
         self.oracle = self.compute = self.known = self.session = None
