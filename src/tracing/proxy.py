@@ -123,6 +123,7 @@ class Proxy:
         _seen: for a view, the parent's node that `_node` was taken from.
         _place: for the root of a hook point, its invoke and hook point.
         _box: where its saved value arrives.
+        _retained: where the gradients arrive that `retain_grad` asks for, one for each backward.
     """
 
     __slots__ = tuple[str, ...]()
@@ -133,6 +134,7 @@ class Proxy:
     _view: tuple[Operation, tuple[Any, ...], dict[str, Any]] | None
     _seen: Node | None
     _box: Box | None
+    _retained: list[Box] | None
     # What `save` makes of it: a tensor, or anything else.
     _kind: type[Handle]
     _tensor_kind: type[SavedTensor]
@@ -201,6 +203,8 @@ class Proxy:
 
     def _end(self) -> None:
         """The block has ended. A saved part must not keep the saved whole alive."""
+        if self._recording.retained:
+            self._retained = _owner(self)._retained
         self._parent = None
 
     @property
@@ -265,7 +269,30 @@ class Proxy:
         options = {"retain_graph": retain_graph, "create_graph": create_graph}
         graph.backwards.append(graph.append(CALL, BACKWARD, args, options, recording.invoke))
         graph.needs_grad = True
-        return Backward(recording, len(graph.backwards) - 1)
+        number = len(graph.backwards) - 1
+        for proxy in recording.retained:
+            with Backward(recording, number):
+                gradient = _gradient(proxy)
+            proxy._retained.append(recording.save(_current(gradient)))
+        return Backward(recording, number)
+
+    def retain_grad(self) -> None:
+        """Keep the gradient of this value, if it is saved: after the block, `.grad` gives the sum over
+        the backwards that follow in it.
+
+        Raises:
+            StepError: the block is a generation, which runs without gradients.
+        """
+        recording = self._recording
+        if recording.state is not OPEN:
+            self._known().retain_grad()
+            return
+        if recording.no_gradients is not None:
+            raise StepError.no_gradient("retain_grad()", recording.no_gradients, user_line(2))
+        owner = _owner(self)
+        if owner._retained is None:
+            owner._retained = []
+            recording.retained.append(owner)
 
     @property
     def grad(self) -> Any:
@@ -274,7 +301,9 @@ class Proxy:
         Of a part, such as `h[:, -1]`, it is that part of the gradient of the whole.
         """
         if self._recording.state is not OPEN:
-            return self._known().grad
+            value = self._known()
+            retained = [box.value for box in self._retained or () if box.full]
+            return sum(retained[1:], retained[0]) if retained else value.grad
         return _gradient(self)
 
     @grad.setter
@@ -537,7 +566,7 @@ class Proxy:
 class Handle(Proxy):
     """The handle of a value that is no `torch.Tensor` to others."""
 
-    __slots__ = ("_box", "_node", "_parent", "_place", "_recording", "_seen", "_view")
+    __slots__ = ("_box", "_node", "_parent", "_place", "_recording", "_retained", "_seen", "_view")
 
     def __init__(
         self,
@@ -556,6 +585,7 @@ class Handle(Proxy):
         self._view = view
         self._seen = seen
         self._box = box
+        self._retained = None
 
     def __getitem__(self, key: Any) -> Any:
         if self._recording.state is not OPEN:
@@ -580,7 +610,7 @@ class SavedTensor(Proxy, torch.Tensor):  # type: ignore[misc, override]
     Results of operations are plain tensors, so a value does not keep its block alive further on.
     """
 
-    _place = _view = None
+    _place = _view = _retained = None
 
     @classmethod
     def of(cls, recording: Recording, node: Node, parent: Proxy | None, box: Box) -> SavedTensor:
@@ -955,6 +985,13 @@ def _is_cut_off(proxy: Proxy) -> bool:
     return view is not None and (
         view[0] is METHODS["detach"] or (view[0] is FIELD and view[1] == ("data",))
     )
+
+
+def _owner(proxy: Proxy) -> Proxy:
+    """The proxy that this is a second handle of."""
+    while proxy._parent is not None and proxy._view is None:
+        proxy = proxy._parent
+    return proxy
 
 
 def _last_backward(graph: Graph, *invokes: int) -> int:

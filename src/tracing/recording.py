@@ -59,6 +59,7 @@ class Recording:
         current: per invoke and hook point, the proxy of what is there now (see `Proxy`).
         serial: a number that no other recording has.
         saved: the proxies that `save()` returned, until the block has ended.
+        retained: the proxies whose gradients are kept, until the block has ended.
         oracle: shapes on demand; None once the block has ended.
         compute: runs what is recorded so far up to a node, for its value.
         known: what such runs have found, until the block has ended.
@@ -92,6 +93,7 @@ class Recording:
         "no_values",
         "oracle",
         "parameters",
+        "retained",
         "saved",
         "serial",
         "session",
@@ -106,6 +108,7 @@ class Recording:
         self.step = 0
         self.current: dict[tuple[int, HookPoint], Any] = {}
         self.saved: list[Any] = []
+        self.retained: list[Any] = []
         self.parameters: dict[tuple[int, str], Any] = {}
         self.serial = next(_serials)
         self.oracle: Oracle | None = oracle
@@ -130,6 +133,7 @@ class Recording:
         for handle in self.saved:
             handle._end()
         self.saved.clear()
+        self.retained.clear()
         self.graph.release()
         self.oracle = self.compute = self.known = self.session = None
 
