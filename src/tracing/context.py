@@ -20,7 +20,7 @@ from .experiment import Experiment
 from .frames import entry, shorten
 from .graph import Graph
 from .node import READ, HookPoint, Later, Node, user_line
-from .proxy import Handle, Proxy
+from .proxy import Handle, Proxy, save_all
 from .recording import ABANDONED, DONE, FAILED, OPEN, RUNNING, Oracle, Recording
 from .steps import Iter, Steps
 from .structure import leaves
@@ -549,6 +549,8 @@ class Tracer(Block):
                 raise BlockError.was_reset(self.location)
             return
         self.close()
+        for container in recording.containers if kind is None else ():
+            save_all(container)
         if self._implicit is not None and recording.caches:
             self._implicit.__exit__(kind, error, traceback)
         session, self._session = self._session, None

@@ -161,7 +161,9 @@ class Proxy:
             self._known()
             return self
         node = self._node if self._parent is None else _current(self)
-        box = self._box = recording.save(node)
+        box = recording.save(node)
+        if self._box is None or not _was_saved(self):
+            self._box = box
         if type(box) is Box and recording.ask().is_tensor(node):
             saved: Proxy = self._tensor_kind.of(recording, node, self, box)
         else:
@@ -302,8 +304,10 @@ class Proxy:
         """
         if self._recording.state is not OPEN:
             value = self._known()
-            retained = [box.value for box in self._retained or () if box.full]
-            return sum(retained[1:], retained[0]) if retained else value.grad
+            if self._retained is None:
+                return value.grad
+            found = [box.value for box in self._retained if box.full]
+            return sum(found[1:], found[0]) if found else None
         return _gradient(self)
 
     @grad.setter
@@ -1266,6 +1270,27 @@ def _described(proxy: Proxy, part: Callable[[Any], Any]) -> Any:
         return part(proxy._known())
     fake = proxy._recording.ask().value(_current(proxy))
     return map_leaves(lambda leaf: part(leaf) if isinstance(leaf, torch.Tensor) else leaf, fake)
+
+
+def save_all(value: Any) -> Any:
+    """`value` with every value of a block in it saved; lists and dicts are filled in place."""
+    if isinstance(value, list):
+        value[:] = [save_all(part) for part in value]
+        return value
+    if isinstance(value, dict):
+        for key in value:
+            value[key] = save_all(value[key])
+        return value
+    return map_leaves(lambda leaf: _once_saved(leaf) if isinstance(leaf, Proxy) else leaf, value)
+
+
+def _once_saved(proxy: Proxy) -> Any:
+    return proxy if _was_saved(proxy) else proxy.save()
+
+
+def _was_saved(proxy: Proxy) -> bool:
+    """True for what `save` gave, which stays what it was at that line."""
+    return proxy._box is not None and proxy._parent is not None and proxy._view is None
 
 
 def _after_run(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:

@@ -59,6 +59,7 @@ class Recording:
         current: per invoke and hook point, the proxy of what is there now (see `Proxy`).
         serial: a number that no other recording has.
         saved: the proxies that `save()` returned, until the block has ended.
+        containers: lists and dicts whose values are kept as they are when the block ends.
         retained: the proxies whose gradients are kept, until the block has ended.
         oracle: shapes on demand; None once the block has ended.
         compute: runs what is recorded so far up to a node, for its value.
@@ -81,6 +82,7 @@ class Recording:
         "backward",
         "caches",
         "compute",
+        "containers",
         "current",
         "decided",
         "graph",
@@ -109,6 +111,7 @@ class Recording:
         self.current: dict[tuple[int, HookPoint], Any] = {}
         self.saved: list[Any] = []
         self.retained: list[Any] = []
+        self.containers: list[Any] = []
         self.parameters: dict[tuple[int, str], Any] = {}
         self.serial = next(_serials)
         self.oracle: Oracle | None = oracle
@@ -134,6 +137,7 @@ class Recording:
             handle._end()
         self.saved.clear()
         self.retained.clear()
+        self.containers.clear()
         self.graph.release()
         self.oracle = self.compute = self.known = self.session = None
 
