@@ -285,6 +285,10 @@ class Envoy:
         Raises:
             UnknownModuleError: there is none.
         """
+        if not isinstance(path, str):
+            raise OperationError(
+                f'`get` takes the path of a module, such as "transformer.h.0", not {path!r:.60}.'
+            )
         envoy = self
         for name in path.split("."):
             below = f"{envoy._path}.{name}" if envoy._path else name
@@ -405,7 +409,7 @@ class Calls:
         self._envoy = envoy
 
     def __getitem__(self, call: int) -> Envoy:
-        if call < 0:
+        if not isinstance(call, int) or call < 0:
             raise OperationError("calls are counted from 0; how many there will be is not known")
         envoy = self._envoy
         return Envoy(envoy._root, envoy._path, envoy._kind, call)

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import logging
 import os
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from fnmatch import fnmatchcase
 from typing import Any
@@ -313,6 +313,10 @@ class Model(Envoy):
                 layer, `mlp_pre_out: 2: mask`.
         """
         given = HookConfig().from_string(config) if isinstance(config, str) else config
+        if not isinstance(given, HookConfig):
+            raise InputError(
+                f"a hook config is text, such as `mlp_pre_out: mask`, or HookConfig, not {given!r:.60}."
+            )
         self._hooks = Hooks(self, given)
 
     def sample_prompt(self) -> Any:
@@ -409,6 +413,10 @@ class Model(Envoy):
         Raises:
             UnavailableNameError: there is no such name, or not on this architecture.
         """
+        if not isinstance(name, str):
+            raise InputError(
+                f'`hook` takes a name, such as "blocks.0.hook_resid_pre", not {name!r:.60}.'
+            )
         vocabulary = self._model_names()
         number, own = resolve(name, layer, vocabulary)
         return vocabulary.read(number, own)
@@ -732,6 +740,10 @@ class Model(Envoy):
         if modules is None:
             return known
         found: dict[str, None] = {}
+        if not isinstance(modules, (str, Envoy, Iterable)):
+            raise InputError(
+                f"`modules` are modules, their paths or patterns, in a list, not {modules!r:.60}."
+            )
         for module in [modules] if isinstance(modules, (str, Envoy)) else modules:
             pattern = module.path if isinstance(module, Envoy) else str(module)
             named = [name for name in known if fnmatchcase(name, pattern)]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..envoy import Alias
+from ..envoy.attached import open_recording
 from ..intervention import Pass, Run
 from ..tracing.context import Invoker, Tracer
 from ..tracing.errors import BlockError, InputError, LoadError, near
@@ -335,6 +336,21 @@ class LanguageModel(Model):
                 "The checkpoint may have a class that generates: `automodel=`."
             )
         return self._open(args, kwargs, generates=True)
+
+    @entry
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The plain forward: `model(ids)`, `model(**encoding)`, `model("text")`; in a block, the model
+        applied to a value.
+
+        An edited view, and a model with policies, runs with them. Gradients are recorded as in torch.
+        """
+        read = bool(args) and not isinstance(args[0], torch.Tensor)
+        if open_recording(args, kwargs) is not None or not (read or self.lasting_edits()):
+            return super().__call__(*args, **kwargs)
+        with self.trace(*args, **kwargs) as tracer:
+            tracer.graph.needs_grad = True
+            tracer.uses_output = True  # as it is: a save would copy it, cache and all
+        return tracer.output
 
     # ---------------------------------------------------------------- values without a block
 

@@ -332,6 +332,10 @@ class BlockError(GraftworkError):
         )
 
 
+class BlockAttributeError(BlockError, AttributeError):
+    """A name that a block does not have."""
+
+
 class NotSavedError(GraftworkError):
     """A value that was not kept is read after the run."""
 

@@ -1318,6 +1318,11 @@ def apply(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     Returns:
         A proxy of the result; outside a block, the result itself.
     """
+    if not callable(function):
+        raise OperationError(
+            f"`apply` takes a function and then its arguments, `graftwork.apply(function, proxy)`; the "
+            f"first here is {type(function).__name__}."
+        )
     for leaf in leaves((args, kwargs)):
         if isinstance(leaf, Proxy) and leaf._recording.state is OPEN:
             graph = leaf._recording.graph
