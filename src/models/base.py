@@ -28,6 +28,7 @@ from ..intervention import (
     Shapes,
     at_path,
     forward_name,
+    gradients_as_asked,
     gradients_untouched,
     listing,
     measure,
@@ -68,7 +69,7 @@ from .sizes import Sizes
 from .stacked import StackedWeights
 from .verify import NamesReport, verify
 from .vocabulary import Vocabulary, find_vocabulary
-from .weights import dequantized
+from .weights import used_weight
 
 logger = logging.getLogger("graftwork")
 
@@ -727,7 +728,10 @@ class Model(Envoy):
             raise BlockError.checkpointing()
         if any(one.cut for one in work.passes) and not self.is_causal():
             work = self.plan_block(tracer, causal=False)
-        with self._lock, no_grad(graph):
+        gradients: AbstractContextManager[None] = nullcontext()
+        if graph.backwards:
+            gradients = gradients_as_asked(graph, module)
+        with self._lock, gradients, no_grad(graph):
             return Execution(self, tracer, work, module).run()
 
     def module_paths(self, modules: Any) -> list[str]:
@@ -931,8 +935,7 @@ class Model(Envoy):
         found = _tensor_at(self.load(), path)
         if not found.is_meta:
             place, _, name = path.rpartition(".")
-            numbers = dequantized(self.submodule(place), name)
-            return found if numbers is None else numbers
+            return used_weight(self.submodule(place), name)[0]
         # Offloaded: the weights are on the meta device except while the module runs.
         from accelerate.utils import align_module_device
 

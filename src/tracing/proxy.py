@@ -251,7 +251,9 @@ class Proxy:
     ) -> Any:
         """Derive this value at that point of the run, as `Tensor.backward` does.
 
-        The memory of the forward is kept until the last backward of the block has run.
+        The memory of the forward is kept until the last backward of the block has run. The model's
+        parameters get gradients where they are named in `inputs`, or used in the block; or where others
+        of the model are frozen, so that these are the ones to train.
 
         Returns:
             A context: inside `with loss.backward():`, `.grad` means the gradients of this backward.
