@@ -52,8 +52,10 @@ def adapted(module: Any, *targets: str, **options: Any) -> Any:
 def heads(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
     with model.trace(IDS):
         each, whole = model.layers[0].head_out.save(), model.layers[0].attn_out.save()
-    bias = model.layers[0].get("attn.b_O", 0)
-    return each.value.sum(2) + bias, whole.value
+    total = each.value.sum(2)
+    if "attn.b_O" in model.layers[0]:
+        total = total + model.layers[0]["attn.b_O"]
+    return total, whole.value
 
 
 # -------------------------------------------------------------------- adapters
