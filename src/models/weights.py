@@ -191,7 +191,7 @@ def _floating(module: torch.nn.Module) -> tuple[torch.dtype, torch.device]:
 
 def _width(module: torch.nn.Module, owner: torch.nn.Module) -> int:
     width = getattr(owner, "in_features", None)
-    return int(width or owner.weight.shape[1 if is_linear(owner) else 0])  # type: ignore[index, union-attr]
+    return int(width or owner.weight.shape[1 if is_linear(owner) else 0])  # type: ignore[index]
 
 
 def _does_the_same(module: torch.nn.Module, owner: torch.nn.Module) -> bool:
@@ -230,7 +230,8 @@ def _probed(module: torch.nn.Module, owner: torch.nn.Module, name: str) -> torch
             f"{type(module).__name__} has no one `{name}`: what it gives is no linear map of what it "
             f"takes (off by {error / max(size, 1e-30):.0e} of it), as with dropout while training."
         )
-    return weight.T if is_linear(owner) else weight
+    found: torch.Tensor = weight.T if is_linear(owner) else weight
+    return found
 
 
 def dequantized(module: torch.nn.Module, name: str = "weight") -> torch.Tensor | None:
@@ -284,7 +285,8 @@ def _four_bits(module: Any, parameter: Any) -> torch.Tensor | None:
             scales = dequantize_blockwise(scales, state.state2) + state.offset
     numbers = state.code[codes.reshape(-1).int()].reshape(-1, state.blocksize)
     numbers = numbers * scales.reshape(-1, 1).to(torch.bfloat16).float()
-    return numbers.reshape(rows, columns).to(state.original_dtype if packed else state.dtype)
+    result: torch.Tensor = numbers.reshape(rows, columns)
+    return result.to(state.original_dtype if packed else state.dtype)
 
 
 def oriented(module: torch.nn.Module, weight: Weight, parameter: Any, sizes: Any) -> Any:
