@@ -8,8 +8,7 @@ from .context import Invoker, Tracer, current_tracer, reset
 from .errors import GraftworkError
 from .graph import Graph
 from .node import HookPoint, Node
-from .proxy import BlockOutput, Proxy, SavedTensor, apply
-from .save import save
+from .proxy import BlockOutput, Proxy, apply
 
 __all__ = [
     "BlockOutput",
@@ -19,10 +18,8 @@ __all__ = [
     "Invoker",
     "Node",
     "Proxy",
-    "SavedTensor",
     "Tracer",
     "apply",
     "current_tracer",
     "reset",
-    "save",
 ]

@@ -48,6 +48,19 @@ def test_a_loop_recorded_once_saves_each_step(model) -> None:
     assert after.shape[1] == ids.shape[1] - new
 
 
+def test_a_value_from_before_a_loop_is_saved_in_each_of_its_steps(model) -> None:
+    with model.generate(PROMPT, max_new_tokens=3) as tracer:
+        before = model.transformer.h[1].output
+        with tracer.iter[1:3]:
+            kept = before.save()
+            moved = (model.transformer.h[1].output - before[:, -1:]).save()
+    _, seen = forwards(model, PROMPT, 3)
+    assert len(kept) == len(moved) == 2
+    for one, other, later in zip(kept.value, moved.value, seen[1:], strict=True):
+        torch.testing.assert_close(one, seen[0])
+        torch.testing.assert_close(other, later - seen[0][:, -1:])
+
+
 def test_edits_in_a_loop_use_the_step_and_touch_those_steps_alone(model) -> None:
     vector = torch.ones(128)
     with model.generate(PROMPT, max_new_tokens=4) as tracer:
