@@ -4,7 +4,7 @@ from importlib.metadata import version
 
 import graftwork
 
-PUBLIC = ["GraftworkError", "LanguageModel", "Model", "__version__", "apply", "reset"]
+PUBLIC = ["GraftworkError", "LanguageModel", "Model", "__version__", "apply", "reset", "save"]
 
 
 def test_public_names() -> None:

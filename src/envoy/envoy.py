@@ -14,7 +14,15 @@ import torch
 from ..tracing.context import Tracer, current_block, current_tracer, read_in
 from ..tracing.errors import BlockError, OperationError, UnknownModuleError
 from ..tracing.node import MODULE, PARAMETER, HookPoint
-from ..tracing.proxy import BlockOutput, Proxy, assign, first_argument, record_node, write_in
+from ..tracing.proxy import (
+    BlockHandle,
+    Handle,
+    Proxy,
+    assign,
+    first_argument,
+    record_node,
+    write_in,
+)
 from ..tracing.structure import leaves
 from .attached import open_recording, record
 from .rename import Names
@@ -84,7 +92,7 @@ class Envoy:
 
     __slots__ = ("_inputs", "_kind", "_output", "_path", "_root")
 
-    def __init__(self, root: Any, path: str, kind: type[Proxy] = Proxy, call: int = 0) -> None:
+    def __init__(self, root: Any, path: str, kind: type[Handle] = Handle, call: int = 0) -> None:
         self._root: Root = root
         self._path = path
         self._kind = kind
@@ -102,7 +110,7 @@ class Envoy:
             raise BlockError.other_model(self._path)
         return tracer
 
-    def _read(self, point: HookPoint, kind: type[Proxy]) -> Proxy:
+    def _read(self, point: HookPoint, kind: type[Handle]) -> Proxy:
         """What is at a port for the open invoke, at its step."""
         # Written out, as this runs for every place that a block names.
         tracer = current_block.get()
@@ -135,7 +143,7 @@ class Envoy:
     @property
     def inputs(self) -> Any:
         """What the module is called with: `(args, kwargs)`."""
-        return self._read(self._inputs, Proxy)
+        return self._read(self._inputs, Handle)
 
     @inputs.setter
     def inputs(self, value: Any) -> None:
@@ -248,7 +256,7 @@ class Envoy:
     def _child(self, path: str, module: torch.nn.Module) -> Envoy:
         if self._root.attached(path) is not None:
             return self._attached(path)
-        kind = BlockOutput if self._root.is_block(module) else Proxy
+        kind = BlockHandle if self._root.is_block(module) else Handle
         envoy = self._root._envoys[path] = Envoy(self._root, path, kind)
         return envoy
 
@@ -277,6 +285,10 @@ class Envoy:
         Raises:
             UnknownModuleError: there is none.
         """
+        if not isinstance(path, str):
+            raise OperationError(
+                f'`get` takes the path of a module, such as "transformer.h.0", not {path!r:.60}.'
+            )
         envoy = self
         for name in path.split("."):
             below = f"{envoy._path}.{name}" if envoy._path else name
@@ -361,7 +373,7 @@ class AttachedEnvoy(Envoy):
             return module(*args, **kwargs)
         return record(module, self._path, args, kwargs)
 
-    def _read(self, point: HookPoint, kind: type[Proxy]) -> Proxy:
+    def _read(self, point: HookPoint, kind: type[Handle]) -> Proxy:
         recording = self._tracer(point).recording
         place = (recording.invoke, point._replace(step=recording.step))
         found: Proxy | None = recording.current.get(place)
@@ -397,7 +409,7 @@ class Calls:
         self._envoy = envoy
 
     def __getitem__(self, call: int) -> Envoy:
-        if call < 0:
+        if not isinstance(call, int) or call < 0:
             raise OperationError("calls are counted from 0; how many there will be is not known")
         envoy = self._envoy
         return Envoy(envoy._root, envoy._path, envoy._kind, call)

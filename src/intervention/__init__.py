@@ -1,6 +1,6 @@
 """When and where it happens: schedule, shapes, plan, run, hooks. It knows modules, not models."""
 
-from .demand import Known, Part, Places, gradients_untouched, resume, same_draws
+from .demand import Known, Part, Places, gradients_as_asked, gradients_untouched, resume, same_draws
 from .patcher import Patcher, at_path
 from .plan import Facts, Pass, Plan, Settings
 from .planner import plan
@@ -28,6 +28,7 @@ __all__ = [
     "Structure",
     "at_path",
     "forward_name",
+    "gradients_as_asked",
     "gradients_untouched",
     "listing",
     "measure",

@@ -19,7 +19,7 @@ import torch
 from ..tracing.context import Tracer
 from ..tracing.errors import ScheduleError
 from ..tracing.graph import Box, Graph, arguments
-from ..tracing.node import CALL, PARAMETER, READ, WRITE, Captured, HookPoint, Node
+from ..tracing.node import CALL, PARAMETER, READ, WRITE, Captured, GradPoint, HookPoint, Node
 from ..tracing.operations import APPLY, PUT, VIEW, Operation
 from ..tracing.structure import ATOMS, leaves, map_leaves
 from .order import Position, position
@@ -158,6 +158,12 @@ class Known:
         self.applied: dict[Place, Node] = {}
         self.random: list[torch.Tensor] | None = None
         self._prompts = 0
+
+    def anew(self) -> Known:
+        """Of the same block, with nothing known but what it draws."""
+        again = Known()
+        again.random = self.random
+        return again
 
     # ---------------------------------------------------------------- what still holds
 
@@ -490,13 +496,53 @@ def same_draws(known: Known, last: bool) -> Iterator[None]:
 @contextmanager
 def gradients_untouched(graph: Graph, parameters: Iterable[torch.Tensor]) -> Iterator[None]:
     """Let a run leave no gradients behind: the block's last run leaves them."""
-    captured = (
-        leaf.tensor
-        for node in graph.nodes
-        for leaf in leaves((node.args, node.kwargs))
-        if type(leaf) is Captured
+    with _without_gradients((*parameters, *_captured(graph))):
+        yield
+
+
+@contextmanager
+def gradients_as_asked(graph: Graph, module: torch.nn.Module) -> Iterator[None]:
+    """Let the backwards of a run leave the gradients of a model's parameters as they were.
+
+    But for those that are asked for: those that the block names, as in `loss.backward(inputs=…)` or by
+    their `.grad`, and all that are trained where the user has frozen others, as for an adapter.
+    """
+    parameters = list(module.parameters())
+    # Tables of positions are frozen in some classes of models, and nobody chose that.
+    tables = {
+        id(parameter)
+        for child in module.modules()
+        if isinstance(child, torch.nn.Embedding)
+        for parameter in child._parameters.values()
+    }
+    chosen = any(
+        not one.requires_grad and type(one) is torch.nn.Parameter and id(one) not in tables
+        for one in parameters
+        if one.is_floating_point()
     )
-    held = [(tensor, tensor.grad) for tensor in (*parameters, *captured) if tensor.is_leaf]
+    named = {id(tensor) for tensor in _captured(graph)}
+    places = {node.target.node for node in graph.nodes if type(node.target) is GradPoint}
+    places.update(one for node in graph.backwards for one in arguments(node))
+    own = dict(module.named_parameters(remove_duplicate=False))
+    named |= {id(own.get(str(one.target))) for one in places if one.kind == PARAMETER}
+    with _without_gradients(
+        one for one in parameters if id(one) not in named and not (chosen and one.requires_grad)
+    ):
+        yield
+
+
+def _captured(graph: Graph) -> Iterator[torch.Tensor]:
+    """The tensors from outside that a block uses."""
+    for node in graph.nodes:
+        for leaf in leaves((node.args, node.kwargs)):
+            if type(leaf) is Captured:
+                yield leaf.tensor
+
+
+@contextmanager
+def _without_gradients(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Give the gradients of leaves back as they were."""
+    held = [(tensor, tensor.grad) for tensor in tensors if tensor.is_leaf]
     for tensor, _ in held:
         tensor.grad = None
     try:

@@ -150,7 +150,9 @@ class Run:
         self._known: Schedule | None = None
         self._call_module = call_module
         evaluator = BranchInterpreter if graph.branched else Interpreter
-        self._interpreter = evaluator(self.values, self._apply_module, parameter)
+        # An adapter's weight is had by applying it.
+        weight = partial(self._unheard, parameter)
+        self._interpreter = evaluator(self.values, self._apply_module, weight)
         self.thread = threading.get_ident()
         self._done = bytearray(count)
         self._ready: list[int] = []

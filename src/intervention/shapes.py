@@ -6,7 +6,7 @@ says their structure. Nothing here needs weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +22,7 @@ from ..tracing.operations import ELEMENT, GETITEM
 from ..tracing.structure import map_leaves
 from .rows import TOKEN, UNKNOWN, Opaque, TensorAxes, map_axes
 from .schedule import SIZES, Schedule
+from .tensors import Tensors
 
 #: What a module has under these names is no submodule.
 _PORTS = frozenset({"output", "input", "inputs", "skip", "source", "functions", "calls"})
@@ -58,11 +59,26 @@ class Structure(Protocol):
     def pads_right(self) -> bool:
         """True if the shorter rows of a batch are padded on the right."""
 
+    def submodule(self, path: str) -> torch.nn.Module: ...
+
+    @property
+    def tensor_places(self) -> dict[Hashable, bool]:
+        """Which places hold one tensor, as far as it was asked."""
+
+    def gives_tensor(self, tracer: Tracer) -> bool:
+        """True if the entry point of the block returns one tensor, and no structure."""
+
+    def return_options(self, tracer: Tracer) -> Hashable:
+        """Options of the block that change what modules return."""
+
     def keeps_cache(self, tracer: Tracer) -> bool:
         """False if every forward of the generation sees all tokens so far."""
 
     def rows_each(self, tracer: Tracer, path: str) -> int:
         """Rows that a module of a generation has for each row of a prompt: beams, say."""
+
+    def past(self, tracer: Tracer) -> int:
+        """Tokens of the prompt for which the user's own cache stands in a generation."""
 
 
 class Shapes:
@@ -72,6 +88,7 @@ class Shapes:
         self._tracer = tracer
         self._structure = structure
         self._fakes: Fakes | None = None
+        self._tensors: Tensors | None = None
         self._trials: list[Fakes] | None = None
         self._open: list[Fakes] | None = None
 
@@ -81,6 +98,19 @@ class Shapes:
         if self._fakes is None:
             self._fakes = Fakes(self._structure, self._size, self._schedule)
         return self._fakes.value(node)
+
+    def is_tensor(self, node: Node) -> bool:
+        """True if the value of `node` is known to be one tensor."""
+        if self._tensors is None:
+            structure = self._structure
+            options = structure.return_options(self._tracer)
+            result = options, "", "result"
+            if result not in structure.tensor_places:
+                structure.tensor_places[result] = structure.gives_tensor(self._tracer)
+            self._tensors = Tensors(
+                structure.submodule, structure.tensor_places, options, self.value
+            )
+        return self._tensors.holds(node)
 
     def device(self) -> torch.device:
         return self._structure.planned_device()
@@ -129,7 +159,15 @@ class Shapes:
             for start, stop in p.spans
             for _ in range(each)
         ]
-        return spans, width + step
+        past = self._past(step)
+        if past:
+            spans = [(max(0, start - past), stop - past) for start, stop in spans]
+        return spans, width + step - past
+
+    def _past(self, step: int) -> int:
+        """Tokens of the prompt that no forward of a generation sees: a cache stands for them."""
+        tracer = self._tracer
+        return self._structure.past(tracer) if tracer.generates and not step else 0
 
     def _each(self, node: Node) -> int:
         """Rows for each row of a prompt, where `node` comes from."""
@@ -230,7 +268,7 @@ class Shapes:
         step = hook_point.step if hook_point is not None else 0
         spans, width = self._spans(node, step)
         if not step or width > 1:
-            return [(start, stop, 0) for start, stop in spans]
+            return [(start, stop, self._past(step)) for start, stop in spans]
         each = range(self._each(node))
         lengths = [stop - start for p in self._prompts(node) for start, stop in p.spans]
         return [(0, 1, length + step - 1) for length in lengths for _ in each]
@@ -244,7 +282,13 @@ class Shapes:
         """
         axis = self.token_axis(node)
         hook_point = _origin(node)
-        spans, width = self._spans(node, hook_point.step if hook_point is not None else 0)
+        step = hook_point.step if hook_point is not None else 0
+        spans, width = self._spans(node, step)
+        if self._past(step) and not (type(key) is int and key < 0):
+            raise InputError(
+                f"`.t[{key}]`: a cache stands for the prompt's first {self._past(step)} tokens, which "
+                "no forward sees. Count from the prompt's end, `.t[-1]`."
+            )
         if type(key) is int:
             for start, stop in spans:
                 if not start - stop <= key < stop - start:

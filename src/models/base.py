@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import logging
 import os
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from fnmatch import fnmatchcase
 from typing import Any
@@ -28,6 +28,7 @@ from ..intervention import (
     Shapes,
     at_path,
     forward_name,
+    gradients_as_asked,
     gradients_untouched,
     listing,
     measure,
@@ -56,6 +57,7 @@ from ..tracing.structure import ATOMS, leaves, map_leaves
 from ..tracing.template import Template
 from . import edits
 from .architectures import stacks_of
+from .changing import Changing, changed_in
 from .edits import Held
 from .execution import Execution, free_memory, settings_of
 from .explain import Explanation, explain
@@ -67,7 +69,7 @@ from .sizes import Sizes
 from .stacked import StackedWeights
 from .verify import NamesReport, verify
 from .vocabulary import Vocabulary, find_vocabulary
-from .weights import dequantized
+from .weights import used_weight
 
 logger = logging.getLogger("graftwork")
 
@@ -99,6 +101,15 @@ class TensorPrompt:
     @property
     def spans(self) -> list[tuple[int, int]]:
         return [(0, 0)] * len(self.lengths)
+
+    @property
+    def arguments(self) -> Any:
+        """What it gives the forward."""
+        return self.args, self.kwargs
+
+    def with_arguments(self, arguments: Any) -> TensorPrompt:
+        args, kwargs = arguments
+        return dataclasses.replace(self, args=args, kwargs=kwargs)
 
 
 class Model(Envoy):
@@ -171,6 +182,7 @@ class Model(Envoy):
                     name,
                 )
         self._envoys: dict[str, Envoy] = {}
+        self.tensor_places: dict[Hashable, bool] = {}
         self._schedules: dict[Any, Schedule | ScheduleError] = {}
         self._measured: dict[frozenset[tuple[str, str]], frozenset[tuple[str, str]]] = {}
         assert self._module is not None
@@ -302,6 +314,10 @@ class Model(Envoy):
                 layer, `mlp_pre_out: 2: mask`.
         """
         given = HookConfig().from_string(config) if isinstance(config, str) else config
+        if not isinstance(given, HookConfig):
+            raise InputError(
+                f"a hook config is text, such as `mlp_pre_out: mask`, or HookConfig, not {given!r:.60}."
+            )
         self._hooks = Hooks(self, given)
 
     def sample_prompt(self) -> Any:
@@ -398,6 +414,10 @@ class Model(Envoy):
         Raises:
             UnavailableNameError: there is no such name, or not on this architecture.
         """
+        if not isinstance(name, str):
+            raise InputError(
+                f'`hook` takes a name, such as "blocks.0.hook_resid_pre", not {name!r:.60}.'
+            )
         vocabulary = self._model_names()
         number, own = resolve(name, layer, vocabulary)
         return vocabulary.read(number, own)
@@ -427,6 +447,9 @@ class Model(Envoy):
 
     def rows_each(self, tracer: Tracer, path: str) -> int:
         return 1
+
+    def past(self, tracer: Tracer) -> int:
+        return 0
 
     def schedule(
         self,
@@ -523,6 +546,15 @@ class Model(Envoy):
         except Exception as error:  # whatever keeps a module from being copied
             raise ScheduleError.no_schedule("This block", f"it has no skeleton: {error}") from error
 
+    def gives_tensor(self, tracer: Tracer) -> bool:
+        """True if the entry point of the block returns one tensor, and no structure."""
+        return False
+
+    def return_options(self, tracer: Tracer) -> Hashable:
+        """Options of the block that change what modules return."""
+        options = self._trial_options(tracer)
+        return repr(options) if options else ""
+
     def _trial_options(self, tracer: Tracer) -> dict[str, Any]:
         """Keywords of the block that belong to the forward."""
         return {}
@@ -613,16 +645,20 @@ class Model(Envoy):
             args,
             kwargs,
             [0] * (rows.pop() if common else 1),
-            alone=not common,
+            alone=not common or bool(changed_in((args, kwargs))),
             needs_grad=any(tensor.requires_grad for tensor in tensors),
         )
 
     def execute(self, tracer: Tracer) -> Any:
         """Plan a finished block, load the weights if they are not loaded, and run it."""
         known: Known | None = tracer.recording.known
-        if known is None or tracer.graph.backwards or tracer.graph.stops:
-            # Autograd must see how values came to be, and the run where it is to stop.
+        if known is None:
             return self.run_block(tracer)
+        if tracer.graph.backwards or tracer.graph.stops or Changing(tracer):
+            # Autograd must see how values came to be, and the run where it is to stop; and arguments
+            # that a forward changes are to be as one forward leaves them.
+            with self._draws(tracer, known, True):
+                return self.run_block(tracer)
         places = self._places(tracer)
         known.update(tracer, places)
         return self._run_part(tracer, known, known.rest(tracer, places))
@@ -631,7 +667,7 @@ class Model(Envoy):
         """The value of a node of a block that is still open: runs what it needs."""
         known: Known = tracer.recording.known or Known()
         if tracer.graph.backwards or tracer.graph.stops:
-            known = Known()  # as in `execute`
+            known = known.anew()  # as in `execute`
         tracer.recording.known = known
         places = self._places(tracer)
         known.update(tracer, places)
@@ -653,13 +689,26 @@ class Model(Envoy):
 
     def _run_part(self, tracer: Tracer, known: Known, part: Part) -> Any:
         settings = dataclasses.replace(settings_of(tracer.settings), dead_code=True)
-        draws: AbstractContextManager[None] = nullcontext()
-        if tracer.generates or any(child.training for child in self.module_tree().modules()):
-            draws = same_draws(known, part.whole)
-        with draws:
+        with self._draws(tracer, known, part.whole):
             result = self.run_block(tracer.of_part(part, settings))
         known.learn(part)
         return result
+
+    def _draws(self, tracer: Tracer, known: Known, last: bool) -> AbstractContextManager[None]:
+        """In it, a run draws the random numbers that all runs of its block draw."""
+        if tracer.generates or any(child.training for child in self.module_tree().modules()):
+            return same_draws(known, last)
+        return nullcontext()
+
+    def check_repeats(self, tracer: Tracer) -> None:
+        """Refuse a block that would compute something else if it ran again.
+
+        Raises:
+            BlockError: a forward changes one of its arguments.
+        """
+        changing = Changing(tracer)
+        if changing:
+            raise BlockError.used_up(changing.kind, tracer.location)
 
     def run_block(self, tracer: Tracer) -> Any:
         """Plan and run a block, or a part of one."""
@@ -679,7 +728,10 @@ class Model(Envoy):
             raise BlockError.checkpointing()
         if any(one.cut for one in work.passes) and not self.is_causal():
             work = self.plan_block(tracer, causal=False)
-        with self._lock, no_grad(graph):
+        gradients: AbstractContextManager[None] = nullcontext()
+        if graph.backwards:
+            gradients = gradients_as_asked(graph, module)
+        with self._lock, gradients, no_grad(graph):
             return Execution(self, tracer, work, module).run()
 
     def module_paths(self, modules: Any) -> list[str]:
@@ -692,6 +744,10 @@ class Model(Envoy):
         if modules is None:
             return known
         found: dict[str, None] = {}
+        if not isinstance(modules, (str, Envoy, Iterable)):
+            raise InputError(
+                f"`modules` are modules, their paths or patterns, in a list, not {modules!r:.60}."
+            )
         for module in [modules] if isinstance(modules, (str, Envoy)) else modules:
             pattern = module.path if isinstance(module, Envoy) else str(module)
             named = [name for name in known if fnmatchcase(name, pattern)]
@@ -758,6 +814,8 @@ class Model(Envoy):
     def may_stop(self, tracer: Tracer, module: torch.nn.Module) -> bool:
         if (tracer.part is None or tracer.part.whole) and (tracer.generates or tracer.uses_output):
             return False
+        if Changing(tracer):
+            return False  # it would be left half-way
         # Offloaded weights go back after a module's forward; leaving one half-way would keep them.
         places = getattr(module, "hf_device_map", {}).values()
         return not any(str(place) in ("cpu", "disk") for place in places) or set(places) == {"cpu"}
@@ -877,8 +935,7 @@ class Model(Envoy):
         found = _tensor_at(self.load(), path)
         if not found.is_meta:
             place, _, name = path.rpartition(".")
-            numbers = dequantized(self.submodule(place), name)
-            return found if numbers is None else numbers
+            return used_weight(self.submodule(place), name)[0]
         # Offloaded: the weights are on the meta device except while the module runs.
         from accelerate.utils import align_module_device
 

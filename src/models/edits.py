@@ -16,7 +16,7 @@ from ..tracing.edit import Edit, name_kinds
 from ..tracing.errors import EditError, GraftworkError, OperationError, ScheduleError, near
 from ..tracing.graph import Graph
 from ..tracing.node import MODULE, PARAMETER, READ, WRITE
-from ..tracing.proxy import BlockOutput, Proxy
+from ..tracing.proxy import BlockHandle, Handle
 from ..tracing.template import Template
 from ..tracing.wire import pack, unpack
 from .scan import check
@@ -149,10 +149,10 @@ def load(model: Any, file: str | os.PathLike[str]) -> None:
         raise EditError(f"`{file}` holds operations that no edit has.")
     attached = _places(graph, model, str(file), of)
 
-    def kind(path: str) -> type[Proxy]:
+    def kind(path: str) -> type[Handle]:
         if any(path == one or path.startswith(f"{one}.") for one in attached):
-            return Proxy
-        return BlockOutput if model.is_block(model.submodule(path)) else Proxy
+            return Handle
+        return BlockHandle if model.is_block(model.submodule(path)) else Handle
 
     template = Template(graph.nodes, graph.writes, {}, needs_grad=graph.needs_grad, lasting=True)
     name_kinds(template, kind)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from tqdm import tqdm
 from ..intervention import Pass, Patcher, Plan, Prefix, Run, Schedule, Settings, Stop, at_path
 from ..tracing.context import Tracer
 from ..tracing.errors import InputError, near
+from .changing import Changing
 
 logger = logging.getLogger("graftwork")
 
@@ -78,6 +80,7 @@ class Execution:
         self._run.pads_right = entry.pads_right
         if work.settings.share_memory and len(work.passes) == 1:
             self._run.lend(self._schedule(work.passes[0]))
+        self._changing = Changing(tracer)
         # The smallest batch that did not fit into memory, in tokens.
         self._too_much: int | None = None
         self._prefix = Prefix(work, self._schedule(work.passes[0])) if shares else None
@@ -115,7 +118,7 @@ class Execution:
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
-            halves = one.halves()
+            halves = [] if self._changing else one.halves()
             if not halves:
                 raise self._too_large(one, error) from error
         else:
@@ -160,9 +163,20 @@ class Execution:
         """The schedule of the prompts of a pass."""
         return self._entry.schedule(self._tracer.invokes[one.invokes[0]].prompt, self._tracer)
 
+    def _is_last(self, one: Pass) -> bool:
+        """True for the last forward of the block, behind which nothing is computed any more."""
+        part = self._tracer.part
+        return one is self._plan.passes[-1] and (part is None or part.whole)
+
     def _run_pass(self, one: Pass) -> Any:
         entry, tracer, run, prefix = self._entry, self._tracer, self._run, self._prefix
         prompts = {index: tracer.invokes[index].prompt for index in one.invokes}
+        arguments = tracer
+        if self._changing and not self._is_last(one):
+            again = self._changing.again()
+            prompts = {i: p.with_arguments(again(p.arguments)) for i, p in prompts.items()}
+            arguments = copy.copy(tracer)
+            arguments.kwargs = again(tracer.kwargs)
         may_stop = self._plan.settings.stop and entry.may_stop(tracer, self._module)
         extents = {i: (len(p.lengths), p.width) for i, p in prompts.items()}
         whole = any(invoker.prompt is None for invoker in tracer.invokes)
@@ -182,7 +196,7 @@ class Execution:
                 skipping,
                 entry.around(tracer, run, self._module, batch),
             ):
-                result = entry.forward(tracer, self._module, one, batch, cache)
+                result = entry.forward(arguments, self._module, one, batch, cache)
         except Stop:
             result = None
         if prefix is not None and one.caches:

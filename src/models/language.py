@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..envoy import Alias
+from ..envoy.attached import open_recording
 from ..intervention import Pass, Run
 from ..tracing.context import Invoker, Tracer
 from ..tracing.errors import BlockError, InputError, LoadError, near
@@ -20,6 +21,7 @@ from ..tracing.structure import ATOMS
 from . import calls
 from .architectures import IDS, POSITIONS, alias_of, padding_of, pads, pads_right
 from .base import Model, accepts
+from .changing import changed_in
 from .execution import settings_of
 from .generation import (
     ALONE,
@@ -251,6 +253,15 @@ class LanguageModel(Model):
             inputs["decoder_input_ids"] = whole()
         return (), {**inputs, **options}
 
+    def gives_tensor(self, tracer: Tracer) -> bool:
+        given = tracer.kwargs.get("generation_config") or self.module_tree().generation_config
+        name = "return_dict_in_generate"
+        return tracer.generates and not tracer.kwargs.get(name, getattr(given, name, False))
+
+    def return_options(self, tracer: Tracer) -> Hashable:
+        ids = not tracer.generates or self.gives_tensor(tracer)
+        return super().return_options(tracer), tracer.generates, ids
+
     def _trial_options(self, tracer: Tracer) -> dict[str, Any]:
         return {
             name: value
@@ -266,6 +277,10 @@ class LanguageModel(Model):
         if not tracer.generates or (path and self._in_encoder(path)):
             return 1
         return self._options(tracer).repeats
+
+    def past(self, tracer: Tracer) -> int:
+        cache = tracer.kwargs.get("past_key_values")
+        return 0 if cache is None else int(cache.get_seq_length())
 
     def _in_encoder(self, path: str) -> bool:
         if not self.config.is_encoder_decoder:
@@ -321,6 +336,21 @@ class LanguageModel(Model):
                 "The checkpoint may have a class that generates: `automodel=`."
             )
         return self._open(args, kwargs, generates=True)
+
+    @entry
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The plain forward: `model(ids)`, `model(**encoding)`, `model("text")`; in a block, the model
+        applied to a value.
+
+        An edited view, and a model with policies, runs with them. Gradients are recorded as in torch.
+        """
+        read = bool(args) and not isinstance(args[0], torch.Tensor)
+        if open_recording(args, kwargs) is not None or not (read or self.lasting_edits()):
+            return super().__call__(*args, **kwargs)
+        with self.trace(*args, **kwargs) as tracer:
+            tracer.graph.needs_grad = True
+            tracer.uses_output = True  # as it is: a save would copy it, cache and all
+        return tracer.output
 
     # ---------------------------------------------------------------- values without a block
 
@@ -450,6 +480,10 @@ class LanguageModel(Model):
 
     def batch_class(self, tracer: Tracer, invoke: int) -> Hashable:
         alike: Hashable = super().batch_class(tracer, invoke)
+        # The rows of a cache that somebody gives are those of one invoke, or of all of them.
+        past = tracer.kwargs.get("past_key_values")
+        if past is not None and _rows_of(past) == tracer.invokes[invoke].prompt.rows:
+            return invoke
         if not tracer.generates:
             return alike
         options, graph = self._options(tracer), tracer.graph
@@ -497,8 +531,9 @@ class LanguageModel(Model):
         other = {k: id(v) if isinstance(v, torch.Tensor) else v for k, v in prompt.other.items()}
         kinds = (*sorted(prompt.inputs), repr(other))
         # Without ids there is nothing to count positions from but the places in the batch.
-        if "labels" in prompt.inputs:
-            return kinds, id(prompt)  # a loss is the mean over all prompts of a batch
+        if "labels" in prompt.inputs or changed_in(prompt.other):
+            # A loss is the mean over all prompts of a batch; a cache has the rows of its prompt.
+            return kinds, id(prompt)
         counted = self._padding == IDS and "inputs_embeds" in prompt.inputs
         if not counted and self._pads():
             return kinds
@@ -509,7 +544,9 @@ class LanguageModel(Model):
         # same input is not the same computation.
         module, config = self.module_tree(), self.config.get_text_config()
         asked = any(getattr(config, f"output_{n}", False) for n in ("hidden_states", "attentions"))
-        return not (tracer.kwargs or module.training or asked)
+        prompts = (i.prompt for i in tracer.invokes if i.prompt is not None)
+        changed = any(changed_in(p.other) for p in prompts if p.other)
+        return not (tracer.kwargs or module.training or asked or changed)
 
     def may_be_causal(self) -> bool:
         config = self.config.get_text_config()
@@ -567,6 +604,7 @@ class LanguageModel(Model):
         if not self._takes_mask:
             inputs.pop("attention_mask")
         options = dict(tracer.kwargs)
+        past = options.get("past_key_values", inputs.get("past_key_values"))
         if not tracer.generates:
             if one.positions and "labels" not in inputs:
                 options.setdefault("logits_to_keep", one.positions)
@@ -574,8 +612,8 @@ class LanguageModel(Model):
                 options["past_key_values"], options["use_cache"] = cache, True
                 if one.cut:
                     inputs = _from_token(inputs, one.cut)
-            elif options.get("past_key_values") is not None:
-                inputs = _behind(inputs, options["past_key_values"])
+            elif past is not None:
+                inputs = _behind(inputs, past)
             elif one.starts or (
                 (len(prompts) > 1 or one.touches("skip")) and not self._sees_output(one)
             ):
@@ -593,6 +631,8 @@ class LanguageModel(Model):
             options["disable_compile"] = True  # hooks are not compiled
             given = options.get("stopping_criteria") or ()
             options["stopping_criteria"] = [*given, self._clock]
+        if tracer.part is not None and not tracer.part.whole:
+            options.pop("streamer", None)  # it hears of the block's last run alone
         if settings.get("pad_token_id") is None:
             options["pad_token_id"] = self._reader.pad
         return module.generate(**inputs, **options)  # type: ignore[operator]
@@ -752,6 +792,15 @@ def _from_token(inputs: dict[str, Any], cut: int) -> dict[str, Any]:
         positions = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
     rest = {name: tensor[:, cut:] for name, tensor in inputs.items() if name in PER_TOKEN}
     return {**inputs, **rest, "attention_mask": mask, "position_ids": positions[:, cut:]}
+
+
+def _rows_of(cache: Any) -> int | None:
+    """Rows that a cache of transformers holds; None for an empty one, or another object."""
+    for layer in getattr(cache, "layers", ()):
+        keys = getattr(layer, "keys", None)
+        if isinstance(keys, torch.Tensor) and keys.numel():
+            return keys.shape[0]
+    return None
 
 
 def _behind(inputs: dict[str, Any], cache: Any) -> dict[str, Any]:

@@ -324,7 +324,8 @@ def takes_images(module: torch.nn.Module) -> bool:
 def meta_copy(module: torch.nn.Module) -> torch.nn.Module:
     """A copy of a module on the meta device, without copying its weights.
 
-    Tied parameters stay tied. Hooks are left behind.
+    Tied parameters stay tied. Hooks are left behind. Quantized linear maps, whose kernels know no meta
+    device, are plain ones of the same sizes.
     """
     memo: dict[int, Any] = {}
     for parameter in module.parameters():
@@ -332,6 +333,13 @@ def meta_copy(module: torch.nn.Module) -> torch.nn.Module:
         memo[id(parameter)] = torch.nn.Parameter(meta, requires_grad=parameter.requires_grad)
     for buffer in module.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    for child in module.modules():
+        if isinstance(child, torch.nn.Linear) and _is_quantized(child):
+            bias = getattr(child, "bias", None) is not None
+            memo[id(child)] = torch.nn.Linear(
+                child.in_features, child.out_features, bias, device="meta", dtype=dtype
+            )
     copied = copy.deepcopy(module, memo)
     for child in copied.modules():
         for hooks in (
@@ -342,3 +350,10 @@ def meta_copy(module: torch.nn.Module) -> torch.nn.Module:
         ):
             hooks.clear()
     return copied
+
+
+def _is_quantized(linear: torch.nn.Linear) -> bool:
+    """True where the memory of a weight is not its numbers."""
+    weight = linear.weight
+    shape = (linear.out_features, linear.in_features)
+    return not weight.is_floating_point() or tuple(weight.shape) != shape

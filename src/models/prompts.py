@@ -6,6 +6,7 @@ make each row compute what it computes alone.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -62,6 +63,16 @@ class TextPrompt:
     @property
     def rows(self) -> int:
         return len(self.lengths)
+
+    @property
+    def arguments(self) -> Any:
+        """What it gives the forward beside its tokens."""
+        return self.other
+
+    def with_arguments(self, arguments: Any) -> TextPrompt:
+        again = copy.copy(self)
+        again.other = arguments
+        return again
 
 
 class Reader:
@@ -163,14 +174,17 @@ class Reader:
             return self._tokenize([prompt])
         if isinstance(prompt, torch.Tensor):
             return {"input_ids": _rows("input_ids", prompt)}
+        talks = _conversations(prompt)
+        if talks:
+            return self._pad([self._chat(talk) for talk in talks])
         if isinstance(prompt, Mapping):
             return {
                 key: _rows(key, value) if key in PER_TOKEN else value
                 for key, value in prompt.items()
             }
         if hasattr(prompt, "__array__"):
-            return {"input_ids": _rows("input_ids", torch.as_tensor(prompt))}
-        if isinstance(prompt, Sequence):
+            return {"input_ids": _rows("input_ids", prompt)}
+        if isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray)):
             if not prompt:
                 raise InputError("the prompt is an empty list.")
             if all(isinstance(part, str) for part in prompt):
@@ -186,6 +200,28 @@ class Reader:
             f"a prompt of type {type(prompt).__name__} cannot be read. Give a string, a list of "
             "strings, token ids (list or tensor), or a mapping with `input_ids`."
         )
+
+    def _chat(self, talk: list[Any]) -> torch.Tensor:
+        """Token ids [token] of a conversation, as the tokenizer's template writes it.
+
+        As in the pipelines of transformers: the model is asked for the next turn, and where the last
+        message is its own, to go on with it.
+        """
+        if self.tokenizer is None:
+            raise InputError(
+                f"{self.name} has no tokenizer, so it cannot read messages. Give token ids, or pass "
+                "`LanguageModel(..., tokenizer=...)`."
+            )
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise InputError(
+                f"the tokenizer of {self.name} has no chat template, so it cannot read messages. Give "
+                "the text itself, or set `model.tokenizer.chat_template`."
+            )
+        own = talk[-1]["role"] == "assistant"
+        encoded = self.tokenizer.apply_chat_template(
+            talk, add_generation_prompt=not own, continue_final_message=own, return_dict=True
+        )
+        return torch.tensor(encoded["input_ids"], dtype=torch.long)
 
     def _tokenize(self, texts: list[str]) -> dict[str, Any]:
         if self.tokenizer is None:
@@ -220,6 +256,24 @@ class Reader:
         }
 
 
+def _conversations(prompt: Any) -> list[list[Any]]:
+    """The conversations of a prompt: a message, a list of messages, or a list of such lists."""
+
+    def is_message(part: Any) -> bool:
+        return isinstance(part, Mapping) and "role" in part and "content" in part
+
+    def is_talk(part: Any) -> bool:
+        return isinstance(part, (list, tuple)) and bool(part) and all(map(is_message, part))
+
+    if is_message(prompt):
+        return [[prompt]]
+    if is_talk(prompt):
+        return [list(prompt)]
+    if isinstance(prompt, (list, tuple)) and prompt and all(map(is_talk, prompt)):
+        return [list(talk) for talk in prompt]
+    return []
+
+
 def _row(ids: Any) -> torch.Tensor:
     """Token ids [token] of one prompt of a list."""
     rows = _rows("input_ids", ids) if len(ids) else torch.zeros(1, 0, dtype=torch.long)
@@ -229,7 +283,12 @@ def _row(ids: Any) -> torch.Tensor:
 
 
 def _rows(name: str, value: Any) -> torch.Tensor:
-    tensor = value if isinstance(value, torch.Tensor) else torch.as_tensor(value)
+    try:
+        tensor = value if isinstance(value, torch.Tensor) else torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(
+            f"`{name}` is a tensor or a list of numbers, not {type(value).__name__} {value!r:.60}."
+        ) from None
     if name == "inputs_embeds":
         tensor = tensor if tensor.ndim == 3 else tensor.unsqueeze(0)
     elif tensor.ndim == 1:

@@ -48,6 +48,9 @@ class Scan:
     def most_steps(self, tracer: Tracer, prompt: Any) -> int:
         return 1  # a scan is one forward
 
+    def check_repeats(self, tracer: Tracer) -> None:
+        """Nothing runs, so nothing is changed."""
+
     def demand(self, tracer: Tracer, node: Node) -> Any:
         raise AssertionError("the recording of a scan says that it has no values")
 

@@ -8,7 +8,8 @@ from .context import Invoker, Tracer, current_tracer, reset
 from .errors import GraftworkError
 from .graph import Graph
 from .node import HookPoint, Node
-from .proxy import BlockOutput, Proxy, apply
+from .proxy import BlockOutput, Proxy, SavedTensor, apply
+from .save import save
 
 __all__ = [
     "BlockOutput",
@@ -18,8 +19,10 @@ __all__ = [
     "Invoker",
     "Node",
     "Proxy",
+    "SavedTensor",
     "Tracer",
     "apply",
     "current_tracer",
     "reset",
+    "save",
 ]

@@ -14,7 +14,7 @@ import torch
 from .errors import BlockError, StepError, near
 from .node import CALL, READ, HookPoint
 from .operations import Operation
-from .proxy import Proxy
+from .proxy import Handle, Proxy
 from .recording import OPEN, Recording
 from .steps import Steps
 from .structure import ATOMS, map_leaves
@@ -68,10 +68,10 @@ class Cache:
                 known = recording.current.get(place)
                 if known is None:
                     node = graph.append(READ, place[1], (), None, invoke)
-                    known = recording.current[place] = Proxy(recording, node, place)
+                    known = recording.current[place] = Handle(recording, node, place)
                 args = (known._node, *self._options)
                 node = graph.append(CALL, CACHED, args, None, invoke)
-                self._values[path, port] = Proxy(recording, node).save()
+                self._values[path, port] = Handle(recording, node).save()
 
     def _value(self, path: str, port: str) -> Any:
         if not self._values:

@@ -8,22 +8,29 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from types import MethodType, TracebackType
 from typing import Any, Protocol
 
 from .branches import Cond, record_stop
 from .cache import Cache
-from .errors import BlockError, Location, NotRunError
+from .errors import (
+    BlockAttributeError,
+    BlockError,
+    Location,
+    NotRunError,
+    OperationError,
+    near,
+)
 from .experiment import Experiment
-from .frames import entry, shorten
+from .frames import entry
 from .graph import Graph
 from .node import READ, HookPoint, Later, Node, user_line
-from .proxy import Proxy
+from .proxy import Handle, Proxy, save_all
 from .recording import ABANDONED, DONE, FAILED, OPEN, RUNNING, Oracle, Recording
 from .steps import Iter, Steps
-from .structure import leaves
+from .structure import leaves, map_leaves
 from .template import Template
 
 
@@ -161,6 +168,9 @@ class Backend(Protocol):
     def most_steps(self, tracer: Tracer, prompt: Any) -> int:
         """How many forwards a generation can have at most."""
 
+    def check_repeats(self, tracer: Tracer) -> None:
+        """Raises BlockError for a block that cannot run again."""
+
     def lasting_edits(self) -> list[Template]:
         """The lasting changes of the model, for every prompt, in the order in which they apply."""
 
@@ -267,6 +277,7 @@ class Tracer(Block):
         self._session: Block | None = None
         self.location = user_line(3)
         self.part: Any = None
+        self._is_alone = False
         self.recording = Recording(backend.oracle(self))
         self.recording.compute = self._compute
         if generates:
@@ -331,6 +342,8 @@ class Tracer(Block):
             NotRunError: after a trace in which it was not used.
         """
         recording = self.recording
+        if recording.state is OPEN and not self.entered:
+            return self._alone()
         if recording.state is OPEN:
             port = "result" if self.generates else "output"
             invoke = recording.invoke
@@ -345,6 +358,67 @@ class Tracer(Block):
         if not self.generates and not self.uses_output:
             raise NotRunError.output()
         return self._result
+
+    def _alone(self) -> Any:
+        """What the entry point returns, of a call without `with`: the block runs with nothing in it."""
+        if self.recording.state is OPEN and not self.entered:
+            if self._implicit is None:
+                raise BlockError.empty()
+            with self:
+                _ = self.output  # as it is: a save would copy it
+            self._is_alone = True
+        if not self._is_alone:
+            name = "generator" if self.generates else "tracer"
+            raise OperationError(
+                f"a block is no value: what it returns is `{name}.output`, and what a module returns "
+                "is saved in it, `module.output.save()`."
+            )
+        return self._result
+
+    # A plain call, `model.generate(prompt, max_new_tokens=2)[0]`, is its result.
+
+    @entry
+    def __getitem__(self, key: Any) -> Any:
+        return self._alone()[key]
+
+    @entry
+    def __len__(self) -> int:
+        return len(self._alone())
+
+    @entry
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._alone())
+
+    def __bool__(self) -> bool:
+        return True
+
+    @entry
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        if self.entered and not self._is_alone:
+            known = [known for known in dir(type(self)) if not known.startswith("_")]
+            raise BlockAttributeError(f"a block has no `{name}`. {near(name, known)}")
+        if self._implicit is None:
+            raise BlockAttributeError(
+                f"`.{name}` of a block that is not open: write `with model.trace(...) as tracer:`."
+            )
+        found = self._alone()
+        if not hasattr(found, name):
+            known = [known for known in dir(found) if not known.startswith("_")]
+            raise BlockAttributeError(
+                f"what this block returns ({type(found).__name__}) has no `{name}`. {near(name, known)}"
+            )
+        return getattr(found, name)
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        def plain(leaf: Any) -> Any:
+            return leaf._alone() if isinstance(leaf, Tracer) else leaf
+
+        return function(*map_leaves(plain, args), **map_leaves(plain, kwargs or {}))
 
     def _whole_batch(self) -> int:
         for invoker in self.invokes:
@@ -400,6 +474,7 @@ class Tracer(Block):
             raise BlockError(
                 "a block with `with tracer.iter[…]` cannot be compiled; use a `for` loop."
             )
+        self._backend.check_repeats(self)
 
         def run(graph: Graph, prompts: tuple[Any, ...]) -> None:
             again = Tracer(
@@ -533,6 +608,7 @@ class Tracer(Block):
         return self
 
     @Exit
+    @entry
     def __exit__(
         self,
         kind: type[BaseException] | None,
@@ -545,6 +621,8 @@ class Tracer(Block):
                 raise BlockError.was_reset(self.location)
             return
         self.close()
+        for container in recording.containers if kind is None else ():
+            save_all(container)
         if self._implicit is not None and recording.caches:
             self._implicit.__exit__(kind, error, traceback)
         session, self._session = self._session, None
@@ -553,12 +631,7 @@ class Tracer(Block):
         if kind is not None:
             recording.close(ABANDONED)
         elif session is None:
-            try:
-                self.run()
-            except BaseException as failed:
-                __tracebackhide__ = True
-                shorten(failed)
-                raise failed
+            self.run()
 
     def abandon(self) -> None:
         super().abandon()
@@ -601,7 +674,7 @@ def _compute_earlier(graph: Graph, node: Node) -> None:
 
 
 def read_in(
-    recording: Recording, invoke: int, hook_point: HookPoint, kind: type[Proxy] = Proxy
+    recording: Recording, invoke: int, hook_point: HookPoint, kind: type[Handle] = Handle
 ) -> Proxy:
     """The proxy of what is at `hook_point` for `invoke`: what arrives there, or the last write."""
     place = (invoke, hook_point)

@@ -15,7 +15,7 @@ from .context import Backend, Exit, Tracer, open_block
 from .errors import BlockError
 from .frames import entry
 from .node import HookPoint
-from .proxy import Proxy
+from .proxy import Handle
 from .recording import ABANDONED, DONE
 from .template import Template
 
@@ -100,7 +100,7 @@ class Edit(Tracer):
         return template
 
 
-def name_kinds(template: Template, kind: Callable[[str], type[Proxy]]) -> None:
+def name_kinds(template: Template, kind: Callable[[str], type[Handle]]) -> None:
     """Fill in the kinds of proxies of a template that comes from a file."""
     for node in template.nodes:
         if type(node.target) is HookPoint and node.target.port == "output":

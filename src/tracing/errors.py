@@ -215,6 +215,22 @@ class BlockError(GraftworkError):
         )
 
     @classmethod
+    def uncopied(cls, kind: str, reason: str, location: Location) -> BlockError:
+        return cls(
+            f"The block at {location} takes several forwards, each of which changes its argument of "
+            f"type {kind}, and that cannot be copied ({reason}). Give each prompt a block of its own, "
+            "and save values instead of using them while the block is written."
+        )
+
+    @classmethod
+    def used_up(cls, kind: str, location: Location) -> BlockError:
+        return cls(
+            f"The block at {location} has an argument of type {kind}, which its forward changes: run "
+            "again, it would not compute the same. Write the block anew with the argument as it is to "
+            "be."
+        )
+
+    @classmethod
     def no_steps(cls, option: str, location: Location) -> BlockError:
         return cls(
             f"The block at {location} reads, writes or stops inside a generation, and under "
@@ -314,6 +330,10 @@ class BlockError(GraftworkError):
             "This block already has its prompt (it was given to trace or generate), so it takes no "
             "further invokes. Open the block without a prompt and give each prompt to an invoke."
         )
+
+
+class BlockAttributeError(BlockError, AttributeError):
+    """A name that a block does not have."""
 
 
 class NotSavedError(GraftworkError):
@@ -673,6 +693,13 @@ class DrawError(GraftworkError):
 
 class OperationError(GraftworkError, TypeError):
     """An operation that cannot be recorded."""
+
+    @classmethod
+    def attribute(cls, name: str) -> OperationError:
+        return cls(
+            f"`.{name} = …` of a value of the block cannot be recorded. Write into the value "
+            "(`value[:] = …`), assign the place (`module.output = …`), or set it after the block."
+        )
 
     @classmethod
     def outside_write(cls, name: str) -> OperationError:

@@ -48,9 +48,21 @@ class Operation:
         copies: a view that torch replaces by a copy where it has to, as `reshape` does.
             Which it is, the value tells.
         computed: what it shows is computed, so its gradient is no view of the whole's.
+        tensor: of a tensor it gives one tensor.
+        mixes: it gives one tensor if any of its arguments is one, as Python's operators do.
     """
 
-    __slots__ = ("computed", "copies", "effect", "fresh", "function", "inverse", "name")
+    __slots__ = (
+        "computed",
+        "copies",
+        "effect",
+        "fresh",
+        "function",
+        "inverse",
+        "mixes",
+        "name",
+        "tensor",
+    )
 
     def __init__(
         self,
@@ -61,7 +73,11 @@ class Operation:
         inverse: Callable[..., Any] | None = None,
         copies: bool = False,
         computed: bool = False,
+        tensor: bool = False,
+        mixes: bool = False,
     ) -> None:
+        self.tensor = tensor
+        self.mixes = mixes
         self.computed = computed
         self.name = name
         self.function = function
@@ -337,6 +353,23 @@ FRESH = frozenset(
     "logsumexp cross_entropy clone eq ne lt le gt ge cosine_similarity topk max min".split()
 )
 
+#: Functions that give one tensor of a tensor, whatever their other arguments are.
+ONE_TENSOR = frozenset(
+    [
+        *(FRESH - {"topk", "max", "min"}),
+        *(
+            VIEWS
+            - set("split split_with_sizes chunk unbind tensor_split".split())
+            - set("hsplit vsplit dsplit unsafe_chunk unsafe_split".split())
+        ),
+        *MAYBE_VIEWS,
+        *"to float double half bfloat16 int long bool cpu cuda type_as any all prod cumsum cumprod "
+        "amax amin clamp clip where masked_fill gather index_select scatter roll flip repeat "
+        "repeat_interleave tril triu sign square round floor ceil isnan isfinite nan_to_num outer dot "
+        "mv matmul einsum dropout embedding silu softplus erf log2 log1p expm1 sinh cosh tan".split(),
+    ]
+)
+
 BINARY = "add sub mul truediv floordiv mod pow matmul and_ or_ xor lshift rshift".split()
 COMPARE = "eq ne lt le gt ge".split()
 UNARY = "neg pos abs invert".split()
@@ -356,15 +389,15 @@ def operators() -> dict[str, Operation]:
     for name in BINARY:
         function = getattr(operator, name)
         word = name.strip("_")
-        table[f"__{word}__"] = Operation(word, function, fresh=True)
-        table[f"__r{word}__"] = Operation(f"r{word}", _reflect(function), fresh=True)
+        table[f"__{word}__"] = Operation(word, function, fresh=True, mixes=True)
+        table[f"__r{word}__"] = Operation(f"r{word}", _reflect(function), fresh=True, mixes=True)
         # `h @= w` has no in-place form: Python binds the name anew.
         if hasattr(torch.Tensor, f"__i{word}__"):
             in_place = getattr(operator, f"i{word}")
-            table[f"__i{word}__"] = Operation(f"i{word}", _in_place(in_place), IN_PLACE)
+            table[f"__i{word}__"] = Operation(f"i{word}", _in_place(in_place), IN_PLACE, mixes=True)
     for name in COMPARE + UNARY:
-        table[f"__{name}__"] = Operation(name, getattr(operator, name), fresh=True)
-    table["__pos__"] = Operation("pos", operator.pos, VIEW, copies=True)
+        table[f"__{name}__"] = Operation(name, getattr(operator, name), fresh=True, mixes=True)
+    table["__pos__"] = Operation("pos", operator.pos, VIEW, copies=True, mixes=True)
     return table
 
 
@@ -379,10 +412,11 @@ def is_in_place(name: str) -> bool:
 def _named(name: str, function: Callable[..., Any]) -> Operation:
     """The operation of a torch method or function, by what its name says that it does."""
     if is_in_place(name):
-        return Operation(name, _in_place(function), IN_PLACE)
+        return Operation(name, _in_place(function), IN_PLACE, tensor=True)
     copies = name in MAYBE_VIEWS
     effect = VIEW if copies or name in VIEWS else PURE
-    return Operation(name, function, effect, name in FRESH, copies=copies)
+    one = name in ONE_TENSOR
+    return Operation(name, function, effect, name in FRESH, copies=copies, tensor=one)
 
 
 def _method(name: str) -> Callable[..., Any]:
@@ -417,6 +451,8 @@ def function_operation(function: Callable[..., Any]) -> Operation:
     known = _functions.get(function)
     if known is None:
         name = getattr(function, "__name__", str(function))
-        known = OPERATORS.get(name) or _named(name, function)
+        # A method of a tensor that is asked of its class means what the proxy's own means.
+        method = METHODS.get(name) if getattr(torch.Tensor, name, None) is function else None
+        known = OPERATORS.get(name) or method or _named(name, function)
         _functions[function] = known
     return known

@@ -18,7 +18,7 @@ import operator
 import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -75,6 +75,8 @@ _ON_DEMAND = frozenset({"item", "tolist", "numpy"})
 # Methods of sparse tensors, and fields of what max, sort and topk return: the fields are meant.
 _FIELDS_FIRST = frozenset({"values", "indices"})
 _INDEX_DTYPES = frozenset({torch.int64, torch.int32, torch.int16, torch.int8})
+# By which a class asks for its attributes.
+_ACCESSORS = frozenset({"__get__", "__set__", "__delete__"})
 # What torch calls the argument that a function may show or change.
 _FIRST = frozenset({"input", "tensor", "self"})
 # `a += b` binds the name `a` anew, so it may give a new value where `a` cannot be changed.
@@ -108,7 +110,10 @@ _UFUNCS = {
 
 
 class Proxy:
-    """A handle on a node of a recording.
+    """What every handle on a node of a recording does.
+
+    Python lets no class have slots and be a tensor, too: so the attributes are those of the kinds,
+    `Handle` and `SavedTensor`.
 
     Attributes:
         _recording: the block it belongs to.
@@ -118,27 +123,27 @@ class Proxy:
         _seen: for a view, the parent's node that `_node` was taken from.
         _place: for the root of a hook point, its invoke and hook point.
         _box: where its saved value arrives.
+        _retained: where the gradients arrive that `retain_grad` asks for, one for each backward.
     """
 
-    __slots__ = ("_box", "_node", "_parent", "_place", "_recording", "_seen", "_view")
+    __slots__ = tuple[str, ...]()
+    _recording: Recording
+    _node: Node
+    _place: tuple[int, HookPoint] | None
+    _parent: Proxy | None
+    _view: tuple[Operation, tuple[Any, ...], dict[str, Any]] | None
+    _seen: Node | None
+    _box: Box | None
+    _retained: list[Box] | None
+    # What `save` makes of it: a tensor, or anything else.
+    _kind: type[Handle]
+    _tensor_kind: type[SavedTensor]
 
-    def __init__(
-        self,
-        recording: Recording,
-        node: Node,
-        place: tuple[int, HookPoint] | None = None,
-        parent: Proxy | None = None,
-        view: tuple[Operation, tuple[Any, ...], dict[str, Any]] | None = None,
-        seen: Node | None = None,
-        box: Box | None = None,
-    ) -> None:
-        self._recording = recording
-        self._node = node
-        self._place = place
-        self._parent = parent
-        self._view = view
-        self._seen = seen
-        self._box = box
+    if TYPE_CHECKING:
+        # A tensor has C's: with one in Python it is a sequence to C, also where it is a scalar.
+        def __getitem__(self, key: Any) -> Any: ...
+
+        def __setitem__(self, key: Any, value: Any) -> None: ...
 
     # ---------------------------------------------------------------- recording
 
@@ -146,16 +151,23 @@ class Proxy:
         """Keep this value, as it is at this line, beyond the run.
 
         Returns:
-            A proxy whose `.value` is the tensor (or structure) after the block, with storage of its
-            own. This proxy gets it, too.
+            For a tensor, a `torch.Tensor` (`SavedTensor`) that has its numbers, and storage of its own,
+            once the block has run. For a structure, a value of Python or what a Python function gives:
+            a proxy that behaves as the value. `.value` is the plain value of both. This proxy gets
+            it, too.
         """
         recording = self._recording
         if recording.state is not OPEN:
             self._known()
             return self
         node = self._node if self._parent is None else _current(self)
-        box = self._box = recording.save(node)
-        saved = type(self)(recording, node, None, self, None, node, box)
+        box = recording.save(node)
+        if self._box is None or not _was_saved(self):
+            self._box = box
+        if type(box) is Box and recording.ask().is_tensor(node):
+            saved: Proxy = self._tensor_kind.of(recording, node, self, box)
+        else:
+            saved = self._kind(recording, node, None, self, None, node, box)
         recording.saved.append(saved)
         return saved
 
@@ -190,6 +202,12 @@ class Proxy:
         if self._recording.session is not None:
             raise NotRunError.session(what, where)
         raise NotRunError.recording(what, where)
+
+    def _end(self) -> None:
+        """The block has ended. A saved part must not keep the saved whole alive."""
+        if self._recording.retained:
+            self._retained = _owner(self)._retained
+        self._parent = None
 
     @property
     def t(self) -> Tokens:
@@ -233,7 +251,9 @@ class Proxy:
     ) -> Any:
         """Derive this value at that point of the run, as `Tensor.backward` does.
 
-        The memory of the forward is kept until the last backward of the block has run.
+        The memory of the forward is kept until the last backward of the block has run. The model's
+        parameters get gradients where they are named in `inputs`, or used in the block; or where others
+        of the model are frozen, so that these are the ones to train.
 
         Returns:
             A context: inside `with loss.backward():`, `.grad` means the gradients of this backward.
@@ -253,7 +273,30 @@ class Proxy:
         options = {"retain_graph": retain_graph, "create_graph": create_graph}
         graph.backwards.append(graph.append(CALL, BACKWARD, args, options, recording.invoke))
         graph.needs_grad = True
-        return Backward(recording, len(graph.backwards) - 1)
+        number = len(graph.backwards) - 1
+        for proxy in recording.retained:
+            with Backward(recording, number):
+                gradient = _gradient(proxy)
+            proxy._retained.append(recording.save(_current(gradient)))
+        return Backward(recording, number)
+
+    def retain_grad(self) -> None:
+        """Keep the gradient of this value, if it is saved: after the block, `.grad` gives the sum over
+        the backwards that follow in it.
+
+        Raises:
+            StepError: the block is a generation, which runs without gradients.
+        """
+        recording = self._recording
+        if recording.state is not OPEN:
+            self._known().retain_grad()
+            return
+        if recording.no_gradients is not None:
+            raise StepError.no_gradient("retain_grad()", recording.no_gradients, user_line(2))
+        owner = _owner(self)
+        if owner._retained is None:
+            owner._retained = []
+            recording.retained.append(owner)
 
     @property
     def grad(self) -> Any:
@@ -262,7 +305,11 @@ class Proxy:
         Of a part, such as `h[:, -1]`, it is that part of the gradient of the whole.
         """
         if self._recording.state is not OPEN:
-            return self._known().grad
+            value = self._known()
+            if self._retained is None:
+                return value.grad
+            found = [box.value for box in self._retained if box.full]
+            return sum(found[1:], found[0]) if found else None
         return _gradient(self)
 
     @grad.setter
@@ -274,17 +321,12 @@ class Proxy:
 
     # ---------------------------------------------------------------- indexing
 
-    def __getitem__(self, key: Any) -> Any:
-        if self._recording.state is not OPEN:
-            return self._known()[_unwrap(key)]
+    def _item(self, key: Any) -> Any:
         if _is_view_key(key):
             return _record(self._recording, GETITEM, (self, key), {})
         return _record(self._recording, TAKE, (self, key), {})
 
-    def __setitem__(self, key: Any, value: Any) -> None:
-        if self._recording.state is not OPEN:
-            self._known()[_unwrap(key)] = _unwrap(value)
-            return
+    def _set_item(self, key: Any, value: Any) -> None:
         # `p[k] += 1` ends in `p[k] = part`, where the part has already been put back.
         if _is_part(value, self, GETITEM, (key,)):
             return
@@ -330,6 +372,10 @@ class Proxy:
             raise AttributeError(name)
         if self._recording.state is not OPEN:
             return getattr(self._known(), name)
+        return self._attribute(name)
+
+    def _attribute(self, name: str) -> Any:
+        """What `proxy.name` means while the block is open, if this class does not define it."""
         if name in TENSOR_PROPERTIES:
             return _record(self._recording, FIELD, (self, name), {})
         if name in _SIZES and self._recording.lasting:
@@ -407,6 +453,9 @@ class Proxy:
     def __float__(self) -> float:
         return float(self._on_demand("float()"))
 
+    def __round__(self, digits: int | None = None) -> Any:
+        return round(self._on_demand("round()").item(), digits)
+
     def __complex__(self) -> complex:
         return complex(self._on_demand("complex()"))
 
@@ -463,8 +512,6 @@ class Proxy:
             return value_html(self._box.value)
         return f"<code>{html.escape(repr(self))}</code>"
 
-    # `__class__` must not say torch.Tensor, tempting as it is after the run: torch's C code asks
-    # isinstance, believes it, and reads memory that is not there.
     __hash__ = object.__hash__
 
     # ---------------------------------------------------------------- torch functions
@@ -484,7 +531,7 @@ class Proxy:
                 recording = leaf._recording
                 break
         if recording is None:
-            return function(*_unwrap(args), **_unwrap(kwargs))
+            return _after_run(function, args, kwargs)
         if kwargs.get("out") is not None:
             raise OperationError("`out=` cannot be recorded; assign the result instead.")
         name = getattr(function, "__name__", "")
@@ -492,14 +539,22 @@ class Proxy:
             key = next(key for key in kwargs if key in _FIRST)
             args, kwargs = (kwargs[key],), {k: v for k, v in kwargs.items() if k != key}
         first = args[0] if args else None
-        if name == "__get__":
+        if name in _ACCESSORS:
             described = getattr(getattr(function, "__self__", None), "__name__", "")
-            return getattr(first, described)
+            if name == "__get__" and isinstance(first, Proxy):
+                return first._attribute(described)
+            raise OperationError.attribute(described)
         if name in _SHAPE_METHODS and isinstance(first, Proxy):
-            return getattr(first, name)(*args[1:], **kwargs)
+            return first._attribute(name)(*args[1:], **kwargs)
         if name == "__getitem__":
+            if isinstance(first, Proxy):
+                return first._item(args[1])
             operation = GETITEM if _is_view_key(args[1]) else TAKE
             return _record(recording, operation, args, kwargs)
+        if name == "__setitem__" and isinstance(first, Proxy):
+            return first._set_item(*args[1:])
+        if isinstance(first, SavedTensor) and getattr(torch.Tensor, name, None) is function:
+            return first._attribute(name)(*args[1:], **kwargs)
         if function is torch.autograd.grad:
             return _autograd_grad(recording, *args, **kwargs)
         operation = function_operation(function)
@@ -514,6 +569,104 @@ class Proxy:
         return _record(recording, operation, args, kwargs)
 
 
+class Handle(Proxy):
+    """The handle of a value that is no `torch.Tensor` to others."""
+
+    __slots__ = ("_box", "_node", "_parent", "_place", "_recording", "_retained", "_seen", "_view")
+
+    def __init__(
+        self,
+        recording: Recording,
+        node: Node,
+        place: tuple[int, HookPoint] | None = None,
+        parent: Proxy | None = None,
+        view: tuple[Operation, tuple[Any, ...], dict[str, Any]] | None = None,
+        seen: Node | None = None,
+        box: Box | None = None,
+    ) -> None:
+        self._recording = recording
+        self._node = node
+        self._place = place
+        self._parent = parent
+        self._view = view
+        self._seen = seen
+        self._box = box
+        self._retained = None
+
+    def __getitem__(self, key: Any) -> Any:
+        if self._recording.state is not OPEN:
+            return self._known()[_unwrap(key)]
+        return self._item(key)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if self._recording.state is not OPEN:
+            self._known()[_unwrap(key)] = _unwrap(value)
+            return
+        self._set_item(key, value)
+
+
+class SavedTensor(Proxy, torch.Tensor):  # type: ignore[misc, override]
+    """A saved tensor: records while its block is open, and is its value afterwards.
+
+    What is asked of it in Python comes by `__torch_function__` and is answered by the value itself,
+    with its autograd history. What reads tensors in C (`torch.tensor(list)`, assigning to `.data`)
+    finds its own memory: until the block has run that of a meta tensor, which has no numbers to be
+    mistaken for some, then the value's, shared.
+
+    Results of operations are plain tensors, so a value does not keep its block alive further on.
+    """
+
+    _place = _view = _retained = None
+
+    @classmethod
+    def of(cls, recording: Recording, node: Node, parent: Proxy | None, box: Box) -> SavedTensor:
+        """A second handle on the value of `parent`, whose value arrives in `box`."""
+        saved: SavedTensor = _make_subclass(cls, _UNKNOWN)
+        saved._recording, saved._parent, saved._box = recording, parent, box
+        saved._node = saved._seen = node
+        return saved
+
+    def _end(self) -> None:
+        super()._end()
+        self._take_memory()
+
+    def _take_memory(self) -> None:
+        """Let what reads this in C find the value."""
+        box = self._box
+        assert box is not None
+        if box.full and isinstance(box.value, torch.Tensor):
+            _swap_memory(self, box.value.detach())
+
+    def _like(self, value: torch.Tensor) -> SavedTensor:
+        """A value of this kind that nobody records: `nn.Parameter` wants that of `detach`."""
+        box = Box(-1)
+        box.value, box.full = value, True
+        saved = type(self).of(self._recording, self._node, None, box)
+        saved._take_memory()
+        return saved
+
+    def _plain(self) -> torch.Tensor:
+        """The value as what it is to others: a parameter, once `nn.Parameter` has made it one."""
+        value: torch.Tensor = self._after("copy")
+        if getattr(self, "_is_param", False):
+            return torch.nn.Parameter(value.detach(), value.requires_grad)
+        return value
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self._plain().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+    def __copy__(self) -> Any:
+        return copy.copy(self._plain())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self._plain(), memo)
+
+
+_make_subclass = torch.Tensor._make_subclass
+_swap_memory = torch._C._swap_tensor_impl
+_UNKNOWN = torch.empty(0, device="meta")
+
+
 class BlockOutput(Proxy):
     """The output of a transformer block. Part 0 is its hidden states [batch, token, d_model].
 
@@ -524,13 +677,13 @@ class BlockOutput(Proxy):
 
     __slots__ = ()
 
-    def __getitem__(self, key: Any) -> Any:
-        if type(key) is int and self._recording.state is OPEN:
+    def _item(self, key: Any) -> Any:
+        if type(key) is int:
             return _record(self._recording, ELEMENT, (self, key), {})
-        return super().__getitem__(key)
+        return super()._item(key)
 
-    def __setitem__(self, key: Any, value: Any) -> None:
-        if type(key) is int and self._recording.state is OPEN:
+    def _set_item(self, key: Any, value: Any) -> None:
+        if type(key) is int:
             if _is_part(value, self, ELEMENT, (key,)):
                 return
             part = _lower(self._recording, value)
@@ -538,7 +691,7 @@ class BlockOutput(Proxy):
             args: tuple[Any, ...] = (_current(self), part, ELEMENT, (key,), {})
             _assign(self, graph.append(CALL, PUT, args, None, self._recording.invoke))
             return
-        super().__setitem__(key, value)
+        super()._set_item(key, value)
 
     def __iter__(self) -> Iterator[Any]:
         if self._recording.state is OPEN:
@@ -547,6 +700,20 @@ class BlockOutput(Proxy):
                 [self[i] for i in range(1 if isinstance(fake, torch.Tensor) else len(fake))]
             )
         return super().__iter__()
+
+
+class BlockHandle(BlockOutput, Handle):
+    """The handle of a block's output."""
+
+    __slots__ = ()
+
+
+class SavedBlockOutput(BlockOutput, SavedTensor):  # type: ignore[misc, override]
+    """A saved output of a block, where it is a tensor."""
+
+
+Proxy._kind, Proxy._tensor_kind = Handle, SavedTensor
+BlockOutput._kind, BlockOutput._tensor_kind = BlockHandle, SavedBlockOutput
 
 
 class Backward:
@@ -587,16 +754,16 @@ class Tokens:
         if any(isinstance(leaf, Proxy) for leaf in leaves(key)):
             raise OperationError("`.t` takes numbers here, no values of the block.")
         args = (node, key, recording.ask().token_axis(node))
-        return Proxy(recording, recording.graph.append(CALL, TOKENS, args, None, recording.invoke))
+        return Handle(recording, recording.graph.append(CALL, TOKENS, args, None, recording.invoke))
 
     def __getitem__(self, key: Any) -> Any:
         found = self._key(key)
         if isinstance(found, Proxy) and type(key) in (int, slice):
             return _record(self._proxy._recording, GETITEM, (self._proxy, found), {})
-        return Proxy.__getitem__(self._proxy, found)
+        return Proxy._item(self._proxy, found)
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        Proxy.__setitem__(self._proxy, self._key(key), value)
+        Proxy._set_item(self._proxy, self._key(key), value)
 
     def __call__(self) -> Any:
         """`Tensor.t()`, the transpose of a matrix."""
@@ -656,7 +823,7 @@ def positions_of(value: Proxy) -> Any:
     if recording.loop is not None:
         # Known when this is placed: see template.py.
         graph = recording.graph
-        return Proxy(recording, graph.append(CALL, POSITIONS, (node,), None, recording.invoke))
+        return Handle(recording, graph.append(CALL, POSITIONS, (node,), None, recording.invoke))
     recording.graph.fixed_positions = True
     return recording.ask().positions(node)
 
@@ -724,7 +891,7 @@ def _gradient(proxy: Proxy) -> Any:
     recording, graph = proxy._recording, proxy._recording.graph
     if recording.no_gradients is not None:
         raise StepError.no_gradient("grad", recording.no_gradients, user_line(3))
-    if type(proxy) is BlockOutput:
+    if isinstance(proxy, BlockOutput):
         proxy = proxy[0]  # the hidden states
     chain = [proxy]
     while chain[-1]._parent is not None and not _is_cut_off(chain[-1]):
@@ -758,7 +925,7 @@ def _gradient(proxy: Proxy) -> Any:
     found = recording.current.get(where)
     if found is None:
         read = graph.append(READ, point, (), None, node.invoke)
-        found = recording.current[where] = Proxy(recording, read, where)
+        found = recording.current[where] = Handle(recording, read, where)
     for view in reversed(chain[:top]):
         if view._view is not None:
             operation, args, kwargs = view._view
@@ -782,7 +949,7 @@ def _as_inputs(recording: Recording, inputs: Any) -> Any:
     def one(leaf: Any) -> Any:
         if not isinstance(leaf, Proxy) or leaf._recording is not recording:
             return leaf
-        if type(leaf) is BlockOutput:
+        if isinstance(leaf, BlockOutput):
             leaf = leaf[0]
         root = leaf
         while root._parent is not None and not _is_cut_off(root):
@@ -814,7 +981,7 @@ def _autograd_grad(
     node = graph.append(CALL, GRAD, args, options, recording.invoke)
     graph.backwards.append(node)
     graph.needs_grad = True
-    found = Proxy(recording, node)
+    found = Handle(recording, node)
     return tuple(found[i] for i in range(len(inputs)))
 
 
@@ -824,6 +991,13 @@ def _is_cut_off(proxy: Proxy) -> bool:
     return view is not None and (
         view[0] is METHODS["detach"] or (view[0] is FIELD and view[1] == ("data",))
     )
+
+
+def _owner(proxy: Proxy) -> Proxy:
+    """The proxy that this is a second handle of."""
+    while proxy._parent is not None and proxy._view is None:
+        proxy = proxy._parent
+    return proxy
 
 
 def _last_backward(graph: Graph, *invokes: int) -> int:
@@ -873,7 +1047,7 @@ def assign(recording: Recording, proxy: Proxy, value: Any) -> None:
     if recording.graph.guard is not None:
         node = recording.graph.select(node, before, recording.invoke)  # type: ignore[attr-defined]
     _write(recording, place, node)
-    recording.current[place] = type(proxy)(recording, node, place)
+    recording.current[place] = proxy._kind(recording, node, place)
 
 
 def node_of(recording: Recording, value: Any) -> Node:
@@ -891,12 +1065,12 @@ def write_in(recording: Recording, hook_point: HookPoint, value: Any) -> None:
         node = recording.graph.select(node, None, recording.invoke)  # type: ignore[attr-defined]
     place = (recording.invoke, hook_point)
     _write(recording, place, node)
-    recording.current[place] = Proxy(recording, node, place)
+    recording.current[place] = Handle(recording, node, place)
 
 
 def _is_part(value: Any, whole: Proxy, operation: Operation, args: tuple[Any, ...]) -> bool:
     """True if `value` is that view of `whole` already, so that storing it there changes nothing."""
-    if type(value) is not Proxy or value._parent is not whole or value._view is None:
+    if type(value) is not Handle or value._parent is not whole or value._view is None:
         return False
     same = value._view[0] is operation and _same_key(value._view[1], args)
     return same and value._seen is _current(whole)
@@ -958,8 +1132,8 @@ def _record(
     options = {key: _lower(recording, v) for key, v in kwargs.items()} if kwargs else {}
     node = recording.graph.append(CALL, operation, lowered, options, recording.invoke)
     if effect is VIEW and isinstance(first, Proxy) and first._recording is recording:
-        return Proxy(recording, node, None, first, (operation, lowered[1:], options), lowered[0])
-    return Proxy(recording, node)
+        return Handle(recording, node, None, first, (operation, lowered[1:], options), lowered[0])
+    return Handle(recording, node)
 
 
 record = _record
@@ -973,7 +1147,7 @@ def record_node(
         recording = recording.session.place(recording, (args, kwargs))
     lowered = tuple(_lower(recording, a) for a in args)
     options = {key: _lower(recording, v) for key, v in kwargs.items()}
-    return Proxy(
+    return Handle(
         recording, recording.graph.append(kind, target, lowered, options, recording.invoke)
     )
 
@@ -1100,6 +1274,41 @@ def _described(proxy: Proxy, part: Callable[[Any], Any]) -> Any:
     return map_leaves(lambda leaf: part(leaf) if isinstance(leaf, torch.Tensor) else leaf, fake)
 
 
+def save_all(value: Any) -> Any:
+    """`value` with every value of a block in it saved; lists and dicts are filled in place."""
+    if isinstance(value, list):
+        value[:] = [save_all(part) for part in value]
+        return value
+    if isinstance(value, dict):
+        for key in value:
+            value[key] = save_all(value[key])
+        return value
+    return map_leaves(lambda leaf: _once_saved(leaf) if isinstance(leaf, Proxy) else leaf, value)
+
+
+def _once_saved(proxy: Proxy) -> Any:
+    return proxy if _was_saved(proxy) else proxy.save()
+
+
+def _was_saved(proxy: Proxy) -> bool:
+    """True for what `save` gave, which stays what it was at that line."""
+    return proxy._box is not None and proxy._parent is not None and proxy._view is None
+
+
+def _after_run(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """A torch function on saved values, once their blocks have run."""
+    result = function(*_unwrap(args), **_unwrap(kwargs))
+    first = args[0] if args else None
+    if not isinstance(first, SavedTensor):
+        return result
+    name = getattr(function, "__name__", "")
+    if is_in_place(name) or name == "__set__":
+        first._take_memory()  # it may have another shape or other memory now
+    if result is first._known():
+        return first
+    return first._like(result) if function is torch.Tensor.detach else result
+
+
 def apply(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     """Run any Python function on the values of proxies, at that point of the run.
 
@@ -1111,6 +1320,11 @@ def apply(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     Returns:
         A proxy of the result; outside a block, the result itself.
     """
+    if not callable(function):
+        raise OperationError(
+            f"`apply` takes a function and then its arguments, `graftwork.apply(function, proxy)`; the "
+            f"first here is {type(function).__name__}."
+        )
     for leaf in leaves((args, kwargs)):
         if isinstance(leaf, Proxy) and leaf._recording.state is OPEN:
             graph = leaf._recording.graph
@@ -1144,7 +1358,9 @@ def _operator(name: str, operation: Operation) -> Callable[..., Any]:
             return _record(self._recording, operation, (self, *args), {})
         if operation.effect is IN_PLACE:
             # A saved value is a tensor like any other: `h += 1` after the run changes it.
-            return getattr(self._known(), name)(*_unwrap(args))
+            value = self._known()
+            result = getattr(value, name)(*_unwrap(args))
+            return self if result is value else result
         return python(self._known(), *map(_tensor, _unwrap(args)))
 
     method.__name__ = name

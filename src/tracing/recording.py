@@ -22,6 +22,9 @@ class Oracle(Protocol):
     def value(self, node: Node) -> Any:
         """A value of the right structure, shapes and dtypes, without numbers."""
 
+    def is_tensor(self, node: Node) -> bool:
+        """True if the value of `node` is known to be one tensor."""
+
     def device(self) -> torch.device:
         """Where the model's values will be."""
 
@@ -56,6 +59,8 @@ class Recording:
         current: per invoke and hook point, the proxy of what is there now (see `Proxy`).
         serial: a number that no other recording has.
         saved: the proxies that `save()` returned, until the block has ended.
+        containers: lists and dicts whose values are kept as they are when the block ends.
+        retained: the proxies whose gradients are kept, until the block has ended.
         oracle: shapes on demand; None once the block has ended.
         compute: runs what is recorded so far up to a node, for its value.
         known: what such runs have found, until the block has ended.
@@ -77,6 +82,7 @@ class Recording:
         "backward",
         "caches",
         "compute",
+        "containers",
         "current",
         "decided",
         "graph",
@@ -89,6 +95,7 @@ class Recording:
         "no_values",
         "oracle",
         "parameters",
+        "retained",
         "saved",
         "serial",
         "session",
@@ -103,6 +110,8 @@ class Recording:
         self.step = 0
         self.current: dict[tuple[int, HookPoint], Any] = {}
         self.saved: list[Any] = []
+        self.retained: list[Any] = []
+        self.containers: list[Any] = []
         self.parameters: dict[tuple[int, str], Any] = {}
         self.serial = next(_serials)
         self.oracle: Oracle | None = oracle
@@ -125,9 +134,10 @@ class Recording:
         self.current.clear()
         self.parameters.clear()
         for handle in self.saved:
-            # A saved part would keep the saved whole alive.
-            handle._parent = None
+            handle._end()
         self.saved.clear()
+        self.retained.clear()
+        self.containers.clear()
         self.graph.release()
         self.oracle = self.compute = self.known = self.session = None
 

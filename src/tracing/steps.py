@@ -14,7 +14,7 @@ from .errors import BlockError
 from .graph import Series
 from .node import CALL
 from .operations import STEP
-from .proxy import Proxy
+from .proxy import Handle
 from .recording import OPEN, Recording
 from .template import Template
 
@@ -99,7 +99,7 @@ class Steps:
             "this block is recorded once for several steps; `for step in tracer.iter[…]` "
             "records each by itself"
         )
-        return Proxy(recording, graph.append(CALL, STEP, (), None, recording.invoke))
+        return Handle(recording, graph.append(CALL, STEP, (), None, recording.invoke))
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         recording, graph = self._recording, self._recording.graph

@@ -14,7 +14,7 @@ from .errors import InputError
 from .graph import Graph, Series, arguments
 from .node import CALL, READ, WRITE, HookPoint, Node
 from .operations import GUARDED, PASSED, POSITIONS, PUT, SETITEM, STEP, STOP, TOKENS
-from .proxy import CONSTANT, Proxy, current_node, node_of
+from .proxy import CONSTANT, Handle, Proxy, current_node, node_of
 from .recording import Recording
 from .structure import map_leaves
 
@@ -45,7 +45,7 @@ class Template:
 
     nodes: list[Node]
     writes: dict[Spot, Node]
-    kinds: dict[Spot, type[Proxy]]
+    kinds: dict[Spot, type[Handle]]
     saves: list[tuple[Node, Series]] = dataclasses.field(default_factory=list)
     step: int = 0
     needs_grad: bool = False
@@ -56,7 +56,7 @@ class Template:
     def of(cls, recording: Recording, nodes: list[Node], step: int = 0) -> Template:
         """What a recording holds of places and writes, with the nodes that belong to it."""
         graph = recording.graph
-        kinds = {spot: type(proxy) for spot, proxy in recording.current.items()}
+        kinds = {spot: proxy._kind for spot, proxy in recording.current.items()}
         return cls(nodes, dict(graph.writes), kinds, step=step, needs_grad=graph.needs_grad)
 
     def place(self, recording: Recording, step: int, invoke: int | None = None) -> None:
@@ -110,7 +110,7 @@ class Template:
                 known = recording.current.get(spot)
                 if known is None:
                     new = _copy(graph, node, spot[1], (), {}, owner)
-                    kind = self.kinds.get((node.invoke, target), Proxy)
+                    kind = self.kinds.get((node.invoke, target), Handle)
                     known = recording.current[spot] = kind(recording, new, spot)
                 values[node.index] = current_node(known)
                 continue
@@ -135,7 +135,7 @@ class Template:
                 if target is PASSED:
                     spot = (owner, _shifted(args[1], shift))
                     args = (args[0], spot[1])
-                    recording.current[spot] = Proxy(recording, args[0], spot)
+                    recording.current[spot] = Handle(recording, args[0], spot)
                 new = values[node.index] = _copy(graph, node, target, args, kwargs, owner)
                 if target is PASSED:
                     graph.passed[spot] = new
@@ -179,6 +179,6 @@ def pass_through(recording: Recording, point: HookPoint, value: Any) -> Proxy:
         point = point._replace(call=point.call + 1)
     node = node_of(recording, value)
     spot = (invoke, point)
-    recording.current[spot] = Proxy(recording, node, spot)
+    recording.current[spot] = Handle(recording, node, spot)
     graph.passed[spot] = graph.append(CALL, PASSED, (node, point), None, invoke)
-    return Proxy(recording, graph.passed[spot])
+    return Handle(recording, graph.passed[spot])

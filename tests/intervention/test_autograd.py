@@ -129,6 +129,11 @@ def params(module: nn.Module) -> dict[str, torch.Tensor | None]:
     return found
 
 
+def untouched(module: nn.Module) -> bool:
+    """A block's backward leaves nothing on parameters that nobody asked for."""
+    return all(gradient is None for gradient in params(module).values())
+
+
 def same_params(one: dict[str, Any], other: dict[str, Any]) -> bool:
     assert one.keys() == other.keys()
     return all(
@@ -170,7 +175,7 @@ def test_gradients_are_autograds(
         )
     ]
     expected = autograd(module, ids, places)
-    weights = params(module)
+    params(module)
     saved = {}
     with model.trace(ids):
         # Gemma 2 caps what its head gives.
@@ -182,7 +187,7 @@ def test_gradients_are_autograds(
             saved[path, port] = value.grad.save()
     for place in places:
         assert close(saved[place], expected[place]), place
-    assert same_params(params(module), weights)
+    assert untouched(module)
     assert tools.left_behind(module) == []
 
 
@@ -331,7 +336,7 @@ def test_each_backward_has_its_own_gradients(gpt2: Any, ids: torch.Tensor) -> No
     place = ("transformer.h.1", "output")
     losses: list[Loss] = [lambda x, i=i: x[:, -1, i].sum() ** 2 for i in range(3)]  # type: ignore[misc]
     expected = [autograd(module, ids, [place], loss)[place] for loss in losses]
-    weights = params(module)
+    params(module)
     with model.trace(ids):
         logits, hidden = model.lm_head.output, model.transformer.h[1].output
         early = hidden.grad.save()
@@ -345,7 +350,7 @@ def test_each_backward_has_its_own_gradients(gpt2: Any, ids: torch.Tensor) -> No
     assert close(early, expected[0]) and close(first, expected[0])
     assert close(second, expected[1])
     assert close(third, expected[2]) and close(again, expected[2])
-    assert same_params(params(module), weights)
+    assert untouched(module)
 
 
 def test_a_context_means_its_backward_also_after_a_later_one(gpt2: Any, ids: torch.Tensor) -> None:
@@ -457,7 +462,7 @@ def test_an_edited_gradient_reaches_what_is_below(
     place, below = ("transformer.h.2", "output"), ("transformer.h.0", "output")
     grad_edits = {place: lambda g: expected_edit(g).to(g.dtype)}
     expected = autograd(module, ids, [place, below], grad_edits=grad_edits)
-    weights = params(module)
+    params(module)
     with model.trace(ids):
         hidden = model.transformer.h[2].output
         if not before:
@@ -471,7 +476,7 @@ def test_an_edited_gradient_reaches_what_is_below(
     assert close(clean, expected[place])
     assert close(edited.value.float(), expected_edit(expected[place]).float())
     assert close(lower, expected[below])
-    assert same_params(params(module), weights)
+    assert untouched(module)
 
 
 def test_an_edit_may_use_what_is_read_later_than_the_loss(gpt2: Any, ids: torch.Tensor) -> None:
@@ -555,7 +560,7 @@ def test_gradients_of_a_batch_are_those_of_each_prompt_alone(
     expected = [
         autograd(module, p[None], [*places, (f"{blocks}.2.{attention}", "output")]) for p in prompts
     ]
-    weights = params(module)
+    params(module)
     saved: list[dict[Any, Any]] = []
     with tools.batches_of(module) as batches, model.trace() as tracer:
         for prompt in prompts:
@@ -570,7 +575,7 @@ def test_gradients_of_a_batch_are_those_of_each_prompt_alone(
     for mine, theirs in zip(saved, expected, strict=True):
         for place in theirs:
             assert close(mine[place], theirs[place]), place
-    assert same_params(params(module), weights)
+    assert untouched(module)
     assert [rows for rows, _ in batches] == [3]
 
 
@@ -674,7 +679,7 @@ def test_batched_is_solo(
         gradient_edit = {(f"model.layers.{edited}", "output"): lambda g: g * factor}
         prompts = tools.prompts(*lengths)
         expected = [autograd(module, p[None], places, grad_edits=gradient_edit) for p in prompts]
-        weights = params(module)
+        params(module)
         saved = []
         with model.trace(plan={"micro_batches": batched, "tokens": tokens}) as tracer:
             for prompt in prompts:
@@ -686,7 +691,7 @@ def test_batched_is_solo(
         for mine, theirs in zip(saved, expected, strict=True):
             for i in layers:
                 assert close(mine[i], theirs[f"model.layers.{i}", "output"], 1e-4)
-        assert same_params(params(module), weights)
+        assert untouched(module)
     finally:
         module.requires_grad_(True)
 
@@ -1049,7 +1054,7 @@ def test_two_threads(tools: SimpleNamespace) -> None:
     prompts = tools.prompts(3, 4, 5, 6)
     place = ("transformer.h.1", "output")
     expected = [autograd(module, p[None], [place])[place] for p in prompts]
-    weights = params(module)
+    params(module)
     found: dict[int, Any] = {}
 
     def work(numbers: list[int]) -> None:
@@ -1065,7 +1070,7 @@ def test_two_threads(tools: SimpleNamespace) -> None:
     for thread in threads:
         thread.join()
     assert all(close(found[i], expected[i]) for i in range(4))
-    assert same_params(params(module), weights)
+    assert untouched(module)
 
 
 # -------------------------------------------------------------------- training
@@ -1199,3 +1204,61 @@ def test_a_probe_is_trained_by_gradients_after_the_block(gpt2: Any, ids: torch.T
     out.value.sum().backward()
     assert probe.weight.grad is not None
     assert close(probe.weight.grad, hidden.value.sum((0, 1)).expand(2, 16))
+
+
+# -------------------------------------------------------------------- the model is as it was
+
+
+def test_a_parameter_gets_a_gradient_only_where_it_is_asked_for(
+    gpt2: Any, ids: torch.Tensor
+) -> None:
+    module, model = gpt2
+    head, norm = module.transformer.wte.weight, module.transformer.ln_f.weight
+    autograd(module, ids, [])
+    expected = params(module)
+    norm.grad = torch.full((16,), 3.0)  # of an earlier backward
+    with model.trace(ids):
+        last_logit(model.lm_head.output).backward()
+    assert torch.equal(norm.grad, torch.full((16,), 3.0))
+    norm.grad = None
+    assert untouched(module)
+    with model.trace(ids):
+        gradient = model.transformer.ln_f.weight.grad
+        last_logit(model.lm_head.output).backward()
+        gradient.save()
+    found = params(module)
+    assert close(found.pop("transformer.ln_f.weight"), expected["transformer.ln_f.weight"])  # type: ignore[arg-type]
+    assert all(one is None for one in found.values())
+    with model.trace(ids):
+        last_logit(model.lm_head.output).backward(inputs=[head, norm])
+    found = params(module)
+    for name in ("transformer.ln_f.weight", "transformer.wte.weight"):
+        assert close(found.pop(name), expected[name], floor=0.1)  # type: ignore[arg-type]
+    assert all(one is None for one in found.values())
+
+
+def test_parameters_that_are_trained_while_others_are_frozen_get_gradients(
+    gpt2: Any, ids: torch.Tensor
+) -> None:
+    module, model = gpt2
+    module.requires_grad_(False)
+    chosen = module.transformer.h[1].mlp.requires_grad_()
+    flags = [one.requires_grad for one in module.parameters()]
+    autograd(module, ids, [])
+    expected = params(module)
+    with model.trace(ids):
+        last_logit(model.lm_head.output).backward()
+    assert [one.requires_grad for one in module.parameters()] == flags
+    found = params(module)
+    assert same_params(found, expected)
+    assert sum(one is not None for one in found.values()) == len(list(chosen.parameters()))
+
+
+def test_a_backward_over_two_runs_leaves_no_gradient(gpt2: Any, ids: torch.Tensor) -> None:
+    module, model = gpt2
+    with model.trace(ids):
+        loss = last_logit(model.lm_head.output)
+        loss.backward()
+        if model.transformer.h[0].output.grad.sum() > -1e9:
+            loss.save()
+    assert untouched(module)
