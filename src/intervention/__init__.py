@@ -1,6 +1,7 @@
 """When and where it happens: schedule, shapes, plan, run, hooks. It knows modules, not models."""
 
 from .demand import Known, Part, Places, gradients_as_asked, gradients_untouched, resume, same_draws
+from .padding import warn_of_padding
 from .patcher import Patcher, at_path
 from .plan import Facts, Pass, Plan, Settings
 from .planner import plan
@@ -36,4 +37,5 @@ __all__ = [
     "plan",
     "resume",
     "same_draws",
+    "warn_of_padding",
 ]

@@ -6,21 +6,22 @@ says their structure. Nothing here needs weights.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Hashable
 from typing import Any, Protocol
 
 import torch
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
-from ..tracing.context import Tracer
-from ..tracing.errors import InputError, NotRunError, OperationError, ScheduleError
+from ..tracing.context import Tracer, columns_of
+from ..tracing.errors import BlockError, InputError, NotRunError, OperationError, ScheduleError
 from ..tracing.frames import entry
 from ..tracing.graph import arguments
 from ..tracing.interpreter import Interpreter
 from ..tracing.node import CALL, READ, Captured, GradPoint, HookPoint, Later, Node
 from ..tracing.operations import ELEMENT, GETITEM
 from ..tracing.structure import map_leaves
-from .rows import TOKEN, UNKNOWN, Opaque, TensorAxes, map_axes
+from .rows import BATCH, BATCH_TOKEN, TOKEN, UNKNOWN, Opaque, TensorAxes, map_axes
 from .schedule import SIZES, Schedule
 from .tensors import Tensors
 
@@ -81,6 +82,21 @@ class Structure(Protocol):
         """Tokens of the prompt for which the user's own cache stands in a generation."""
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Layout:
+    """What the axes of a value count.
+
+    Attributes:
+        tokens: the axes that count tokens; of an attention pattern, those of queries and of keys.
+        rows: the one that counts rows, where it is known.
+        flat: the first of `tokens` counts the tokens of several rows together.
+    """
+
+    tokens: tuple[int, ...]
+    rows: int | None
+    flat: bool = False
+
+
 class Shapes:
     """The oracle of one block."""
 
@@ -91,6 +107,7 @@ class Shapes:
         self._tensors: Tensors | None = None
         self._trials: list[Fakes] | None = None
         self._open: list[Fakes] | None = None
+        self._layouts: dict[int, tuple[Node, Layout]] = {}
 
     @entry
     def value(self, node: Node) -> Any:
@@ -138,7 +155,8 @@ class Shapes:
     def _prompts(self, node: Node) -> list[Prompt]:
         """What the invoke of `node` sees: its own prompt, or those of the whole batch."""
         invokes = self._tracer.invokes
-        invoke = max(node.invoke, 0)
+        source = _source(node)  # of another invoke, it may be
+        invoke = max((node if source is None else source).invoke, 0)
         prompt = invokes[invoke].prompt if invoke < len(invokes) else None
         return [prompt] if prompt is not None else [i.prompt for i in invokes if i.prompt]
 
@@ -187,32 +205,88 @@ class Shapes:
         Raises:
             OperationError: none does, or several do.
         """
-        axes = self._measured(node)
+        layout = self.layout(node)
+        if layout.flat:
+            raise _no_rows(node, layout.tokens[0])
+        return layout.tokens[0]
+
+    def own_axes(self, node: Node) -> tuple[int, int | None]:
+        """Which axes of the value of `node` count tokens and rows; the same one where it counts both.
+
+        Raises:
+            OperationError: none counts tokens.
+        """
+        layout = self.layout(node)
+        if layout.flat and self._tracer.recording.loop is not None:
+            raise _no_rows(node, layout.tokens[0])
+        return layout.tokens[0], layout.tokens[0] if layout.flat else layout.rows
+
+    def layout(self, node: Node) -> Layout:
+        """Which axes of the value of `node` count tokens and rows.
+
+        Raises:
+            OperationError: none counts tokens.
+        """
+        found = self._layouts.get(node.index)
+        if found is None or found[0] is not node:
+            found = self._layouts[node.index] = node, self._layout(node)
+        return found[1]
+
+    def _layout(self, node: Node) -> Layout:
+        axes, several = self._measured(node), len(self.spans(node)[0]) > 1
         if isinstance(axes, TensorAxes):
-            positions = [i for i, axis in enumerate(axes.axes) if axis.role == TOKEN]
-            if positions:
-                return positions[0]
+            roles = [axis.role for axis in axes.axes]
+            tokens = tuple(i for i, a in enumerate(axes.axes) if a.role == TOKEN and a.factor == 1)
+            rows = roles.index(BATCH) if BATCH in roles else None
+            if not tokens and BATCH_TOKEN in roles:
+                return Layout((roles.index(BATCH_TOKEN),), None, several)
+            if tokens:
+                return Layout(tokens, rows)
         if self._trials is None:
-            self._trials = [self._sized(None, tokens) for _, tokens in SIZES]
+            # No shorter than the prompts, whose tokens may be named.
+            width = max((i.prompt.width for i in self._tracer.invokes if i.prompt), default=0)
+            first, second = (width + tokens for _, tokens in SIZES)
+            batch = 7 * len(self.spans(node)[0]) + 1  # no multiple of the rows that there are
+            trials = ((None, first), (None, second), (batch, first))
+            self._trials = [self._sized(*size) for size in trials]
         try:
-            first, second = (trial.value(node) for trial in self._trials)
+            one, longer = (trial.value(node) for trial in self._trials[:2])
         except ScheduleError:
             raise
         except Exception:
             # A captured tensor fits this prompt's own length alone: find that length instead.
-            return self._axis_of_length(node)
-        if isinstance(first, torch.Tensor) and first.ndim == second.ndim:
-            sizes = zip(first.shape, second.shape, strict=True)
-            found = [i for i, (a, b) in enumerate(sizes) if a != b]
+            return Layout((self._axis_of_length(node),), self._axis_of_rows(node))
+        if isinstance(one, torch.Tensor) and one.ndim == longer.ndim:
+            pairs = zip(one.shape, longer.shape, strict=True)
+            found = tuple(i for i, (a, b) in enumerate(pairs) if a != b)
             if found:
-                grown = second.shape[found[0]] - first.shape[found[0]]
-                if grown != SIZES[1][1] - SIZES[0][1]:
-                    raise OperationError(
-                        f"`.t`: axis {found[0]} of {node.describe()} counts the tokens of several rows "
-                        "together; give each row an invoke of its own."
-                    )
-                return found[0]
+                rows = self._row_axis(node, one.shape) if several else None
+                flat = several and rows == found[0]
+                grown = longer.shape[found[0]] - one.shape[found[0]]
+                each = len(self.spans(node)[0]) if flat else 1
+                if grown != each * (SIZES[1][1] - SIZES[0][1]):
+                    raise _no_rows(node, found[0])
+                return Layout(found, None if flat else rows, flat)
         raise OperationError(f"`.t`: {node.describe()} has no axis that counts tokens.")
+
+    def _row_axis(self, node: Node, shape: torch.Size) -> int | None:
+        """Which axis of a computed value counts rows: the one that a larger batch makes longer."""
+        assert self._trials is not None
+        try:
+            other = self._trials[2].value(node)
+        except Exception:  # a captured tensor fits this batch alone
+            return self._axis_of_rows(node)
+        if not isinstance(other, torch.Tensor) or other.ndim != len(shape):
+            return None
+        found = [i for i, (a, b) in enumerate(zip(shape, other.shape, strict=True)) if a != b]
+        return found[0] if len(found) == 1 else self._axis_of_rows(node)
+
+    def _axis_of_rows(self, node: Node) -> int | None:
+        value, (spans, width) = self.value(node), self.spans(node)
+        if not isinstance(value, torch.Tensor) or len(spans) == width:
+            return None
+        found = [i for i, size in enumerate(value.shape) if size == len(spans)]
+        return found[0] if len(found) == 1 else None
 
     def sizes(self, node: Node) -> list[int | None]:
         """The sizes of a tensor; None where they are those of the prompts."""
@@ -273,6 +347,59 @@ class Shapes:
         lengths = [stop - start for p in self._prompts(node) for start, stop in p.spans]
         return [(0, 1, length + step - 1) for length in lengths for _ in each]
 
+    def own_rows(self, node: Node) -> list[tuple[int, int, int]]:
+        """As `positions`; nothing where the rows have no padding, and are told apart by an axis."""
+        self._refuse_past(node, "")
+        spans, width = self.spans(node)
+        if spans == [(0, width)] * len(spans) and not self.layout(node).flat:
+            self._tracer.recording.graph.counts_tokens = True
+            return []
+        self._counted(node, width)
+        return self.positions(node)
+
+    def _refuse_past(self, node: Node, key: str) -> None:
+        """Raise InputError where a cache of the user's stands for the first tokens."""
+        hook_point = _origin(node)
+        past = self._past(hook_point.step if hook_point is not None else 0)
+        if past:
+            raise InputError(
+                f"`.t{key}`: a cache stands for the prompt's first {past} tokens, which no forward sees. "
+                "Count from the prompt's end, `.t[-1]`."
+            )
+
+    def _counted(self, node: Node, width: int) -> None:
+        """Note that positions of the tokens of these prompts are in the graph.
+
+        Raises:
+            OperationError: some of the columns are missing, so that which they are is not known.
+        """
+        self._tracer.recording.graph.fixed_positions = True
+        layout, value = self.layout(node), self.value(node)
+        columns = value.shape[layout.tokens[0]]
+        if not layout.flat and columns != width:
+            raise OperationError(
+                f"`.t`: {node.describe()} has {columns} columns where the rows with their padding have "
+                f"{width}, so which are own tokens cannot be told. Use `.t` before it."
+            )
+
+    def source(self, node: Node) -> Node | None:
+        """What a value comes from, along first arguments; None if it is no value of the model."""
+        return _source(node)
+
+    def spans(self, node: Node) -> tuple[list[tuple[int, int]], int]:
+        """Where the own tokens of each row lie in the value of `node`, and the width of a row."""
+        hook_point = _origin(node)
+        return self._spans(node, hook_point.step if hook_point is not None else 0)
+
+    def mask(self, invoke: int, step: int) -> torch.Tensor:
+        """Which columns of each row of an invoke are own tokens: [row, token]."""
+        root = Node(-1, READ, HookPoint("", "output", step), (), {}, invoke, "", 0)
+        spans, width = self._spans(root, step)
+        if not width:
+            raise BlockError("what this model takes has no tokens, so there is no mask of them.")
+        self._tracer.recording.graph.fixed_positions = True
+        return columns_of(spans, width)
+
     def token_index(self, node: Node, key: Any) -> Any:
         """The index that takes `key` of each row's own tokens out of the value of `node`.
 
@@ -280,42 +407,102 @@ class Shapes:
             InputError: a prompt has no such token.
             OperationError: rows of different lengths would give different numbers of tokens.
         """
-        axis = self.token_axis(node)
-        hook_point = _origin(node)
-        step = hook_point.step if hook_point is not None else 0
-        spans, width = self._spans(node, step)
-        if self._past(step) and not (type(key) is int and key < 0):
-            raise InputError(
-                f"`.t[{key}]`: a cache stands for the prompt's first {self._past(step)} tokens, which "
-                "no forward sees. Count from the prompt's end, `.t[-1]`."
-            )
+        axis, graph = self.token_axis(node), self._tracer.recording.graph
+        spans, width = self.spans(node)
+        if not (type(key) is int and key < 0):
+            self._refuse_past(node, f"[{key}]")
         if type(key) is int:
             for start, stop in spans:
                 if not start - stop <= key < stop - start:
                     raise InputError(f"`.t[{key}]`: the prompt has {stop - start} tokens.")
-        if not isinstance(key, (int, slice)) and spans != [(0, width)] * len(spans):
+        plain = (*(slice(None),) * axis, key)
+        if spans == [(0, width)] * len(spans):
+            graph.counts_tokens = True
+            return plain
+        self._counted(node, width)
+        if not isinstance(key, (int, slice)):
             raise OperationError("`.t` on a prompt with padding takes a position or a slice.")
-        if len(set(spans)) <= 1:
-            start, stop = spans[0] if spans else (0, width)
-            if (start, stop) != (0, width):
-                self._tracer.graph.fixed_positions = True
-                key = _shifted(key, start, stop)
-            return (*(slice(None),) * axis, key)
-        self._tracer.graph.fixed_positions = True
-        if axis != 1:
-            raise OperationError("`.t` on prompts of different lengths needs [batch, token, …].")
-        rows = list(range(len(spans)))
-        if isinstance(key, int):
-            return rows, [_shifted(key, *span) for span in spans]
-        places = [list(range(start, stop))[key] for start, stop in spans]
-        if len({len(taken) for taken in places}) > 1:
+        if all(_taken(range(width), key) == _taken(range(*span), key) for span in spans):
+            return plain
+        rows = self.layout(node).rows
+        if rows is None:
+            if len(set(spans)) > 1:
+                raise OperationError(
+                    f"`.t` on prompts of different lengths needs an axis that counts rows, and "
+                    f"{node.describe()} has none: use `.t` before it."
+                )
+            return (*plain[:-1], _shifted(key, *spans[0]))
+        places: list[Any] = [list(range(start, stop))[key] for start, stop in spans]
+        if isinstance(key, slice):
             counts = sorted({len(taken) for taken in places})
-            lengths = sorted({stop - start for start, stop in spans})
-            raise OperationError(
-                f"`.t[{key}]` takes {counts} tokens from prompts of lengths {lengths}; give each "
-                "prompt an invoke of its own."
-            )
-        return [[row] for row in rows], places
+            if len(counts) > 1:
+                lengths = sorted({stop - start for start, stop in spans})
+                raise OperationError(
+                    f"`.t[{_written(key)}]` takes {counts} tokens from prompts of lengths {lengths}; "
+                    "give each prompt an invoke of its own."
+                )
+        shape = self.value(node).shape
+        each = max(1, shape[rows] // len(places))  # beams repeat the rows of a prompt
+        return _in_rows(shape, rows, axis, [taken for taken in places for _ in range(each)])
+
+
+def is_own(key: Any, span: tuple[int, int], width: int) -> bool:
+    """True if an index of all columns of a row takes what it takes of the row's own tokens alone, and
+    nothing of the padding, unless it goes on to where that ends."""
+    try:
+        seen = _taken(range(width), key)
+    except IndexError:  # no matter of padding
+        return True
+    if seen in (list(range(width)), list(range(*span))):
+        return True
+    own = [column for column in seen if column in range(*span)]
+    grows = isinstance(key, slice) and len(_taken(range(width + 1), key)) > len(seen)
+    try:
+        return own == _taken(range(*span), key) and (grows or own == seen)
+    except IndexError:
+        return False
+
+
+def _taken(columns: range, key: Any) -> list[int]:
+    if isinstance(key, slice):
+        return list(columns[key])
+    return [columns[i] for i in ([key] if isinstance(key, int) else key)]
+
+
+def _in_rows(shape: torch.Size, rows: int, axis: int, places: list[Any]) -> tuple[Any, ...]:
+    """The index that takes other places of an axis in each row. It names all axes up to the later one
+    of the two, so that torch leaves their order alone."""
+    single = isinstance(places[0], int)
+    if (rows, axis) == (0, 1):
+        each: list[Any] = list(range(len(places))) if single else [[i] for i in range(len(places))]
+        return each, places
+    kept = [i for i in range(max(rows, axis) + 1) if not (single and i == axis)]
+
+    def along(i: int, entries: list[int]) -> Any:
+        sizes = [-1 if other == i else 1 for other in kept]
+        return torch.tensor(entries).reshape(sizes).tolist()
+
+    index = [along(i, list(range(len(places) if i == rows else shape[i]))) for i in kept]
+    table = torch.tensor(places)  # [row], or [row, place]
+    if not single and axis < rows:
+        table = table.T
+    sizes = [len(places) if i == rows else -1 if i == axis else 1 for i in kept]
+    index.insert(axis, table.reshape(sizes).tolist())
+    if not single:
+        del index[axis + 1]
+    return tuple(index)
+
+
+def _written(key: slice) -> str:
+    parts = ["" if part is None else str(part) for part in (key.start, key.stop)]
+    return ":".join(parts if key.step is None else [*parts, str(key.step)])
+
+
+def _no_rows(node: Node, axis: int) -> OperationError:
+    return OperationError(
+        f"`.t`: axis {axis} of {node.describe()} counts the tokens of several rows together; give each "
+        "row an invoke of its own."
+    )
 
 
 def _shifted(key: Any, start: int, stop: int) -> Any:
@@ -326,14 +513,20 @@ def _shifted(key: Any, start: int, stop: int) -> Any:
     return slice(taken.start, taken.stop if taken.stop >= 0 else None, taken.step)
 
 
-def _origin(node: Node) -> HookPoint | None:
-    """The hook point that a value comes from, along first arguments."""
+def _source(node: Node) -> Node | None:
+    """What a value comes from, along first arguments: what is at a place of the model."""
     while node.kind != READ:
         first = next(iter(arguments(node)), None)
         if first is None:
             return None
         node = first
-    return node.target  # type: ignore[no-any-return]
+    return node
+
+
+def _origin(node: Node) -> HookPoint | None:
+    """The hook point that a value comes from."""
+    source = _source(node)
+    return None if source is None else source.target
 
 
 class Fakes:

@@ -36,6 +36,7 @@ from ..intervention import (
     plan,
     resume,
     same_draws,
+    warn_of_padding,
 )
 from ..intervention.rows import bytes_each
 from ..intervention.source import InnerOperation
@@ -651,6 +652,7 @@ class Model(Envoy):
 
     def execute(self, tracer: Tracer) -> Any:
         """Plan a finished block, load the weights if they are not loaded, and run it."""
+        warn_of_padding(tracer, self.oracle(tracer))
         known: Known | None = tracer.recording.known
         if known is None:
             return self.run_block(tracer)

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
-from ..intervention import Plan, Shapes
+from ..intervention import Plan, Shapes, warn_of_padding
 from ..intervention.rows import Misfit, Opaque, fit
 from ..tracing.context import Tracer
 from ..tracing.errors import NotRunError, ScheduleError, ShapeError
@@ -63,6 +63,7 @@ class Scan:
         """
         self._model.plan_block(tracer)
         graph, shapes = tracer.graph, self._model.oracle(tracer)
+        warn_of_padding(tracer, shapes)
         unknown: dict[int, NotRunError] = {}
         result = None
         for node, value, reason in check(graph, shapes):

@@ -34,6 +34,7 @@ from .operations import (
     KEPT,
     METHODS,
     OPERATORS,
+    OVER_TOKENS,
     PASSED,
     POSITIONS,
     PUT,
@@ -103,6 +104,7 @@ _OWN = {
     "cached": CACHED,
     "tokens": TOKENS,
     "positions": POSITIONS,
+    **{f"tokens_{name}": operation for name, operation in OVER_TOKENS.items()},
     "passed": PASSED,
     "kept": KEPT,
     "test": TEST,
@@ -238,6 +240,7 @@ class _Kind(NamedTuple):
 _VALUE = _Kind("a value", lambda value: not isinstance(value, Operation) and not callable(value))
 _NAME = _Kind("the name of a public field", is_public_name)
 _NUMBER = _Kind("an integer", lambda value: type(value) is int)
+_MAYBE_NUMBER = _Kind("an integer or nothing", lambda value: value is None or type(value) is int)
 _VIEW = _Kind("a view", lambda value: isinstance(value, Operation) and value.effect is VIEW)
 _PLACE = _Kind("a place of a module", lambda value: type(value) is HookPoint)
 _GUARD = _Kind("a condition", lambda value: type(value) is Node)
@@ -265,6 +268,7 @@ _ARGUMENTS: dict[Operation, tuple[_Kind, ...]] = {
     CACHED: (_VALUE, _VALUE, _VALUE),
     TOKENS: (_VALUE, _VALUE, _NUMBER),
     POSITIONS: (_VALUE,),
+    **dict.fromkeys(OVER_TOKENS.values(), (_VALUE, _VALUE, _NUMBER, _MAYBE_NUMBER, _FLAG, _VALUE)),
     PASSED: (_VALUE, _PLACE),
     KEPT: (_VALUE,),
     TEST: (_VALUE,),

@@ -14,12 +14,12 @@ from typing import Any
 from .errors import BlockError
 from .graph import Graph
 from .node import CALL, MODULE, Node
-from .operations import GUARDED, KEPT, PASSED, SELECT, STEP, STOP, TEST, TOKENS
+from .operations import GUARDED, KEPT, PASSED, POSITIONS, SELECT, STEP, STOP, TEST, TOKENS
 from .proxy import node_of
 from .recording import OPEN, Recording
 
 #: What stands for something else, which is put in its place or chosen without being computed.
-_FREE = frozenset({SELECT, TOKENS, PASSED, STEP})
+_FREE = frozenset({SELECT, TOKENS, POSITIONS, PASSED, STEP})
 _HERE = "inside `tracer.cond`"
 
 
@@ -40,6 +40,7 @@ class Branch(Graph):
         self.stops = around.stops
         self.lasting, self.needs_grad = around.lasting, around.needs_grad
         self.fixed_positions, self.branched = around.fixed_positions, True
+        self.counts_tokens = around.counts_tokens
         self.guard: Node = guard
         self.wanted = wanted
 
@@ -114,6 +115,7 @@ class Cond:
         graph.branched = True
         graph.needs_grad = branch.needs_grad
         graph.fixed_positions = branch.fixed_positions
+        graph.counts_tokens = branch.counts_tokens
         recording.graph = graph
         if self._wanted:
             recording.decided = guard, len(graph.nodes)

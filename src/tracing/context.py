@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from types import MethodType, TracebackType
 from typing import Any, Protocol
+
+import torch
 
 from .branches import Cond, record_stop
 from .cache import Cache
@@ -225,6 +227,30 @@ class Invoker:
                 cache.record(steps)
         self._step = recording.step
         recording.invoke, recording.step = -1, 0
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """Which entries of a value [row, token, …] are own tokens of the prompt: bool [row, token].
+
+        In a generation it is that of the open step. Of an invoke without input it is the whole batch's,
+        and known while that invoke is open.
+
+        Raises:
+            BlockError: the rows are not known here.
+        """
+        recording = self._recording
+        if recording.state is OPEN and recording.invoke == self.index:
+            if recording.loop is not None:
+                raise BlockError(
+                    "`mask` was asked for in what is recorded once for several steps or prompts: use "
+                    "`.t.mean()` and the like there, or record each step, `for step in tracer.iter[…]`."
+                )
+            return recording.ask().mask(self.index, recording.step)
+        if self.prompt is None:
+            raise BlockError(
+                "the mask of an invoke without input is that of the whole batch: ask for it inside."
+            )
+        return columns_of(self.prompt.spans, self.prompt.width)
 
     def next(self, steps: int = 1) -> Invoker:
         """What follows applies to the next generated token (or the one `steps` further on)."""
@@ -582,6 +608,13 @@ class Tracer(Block):
         prompt = self.invokes[max(self.recording.invoke, 0)].prompt
         return self._backend.most_steps(self, prompt)
 
+    @property
+    def mask(self) -> torch.Tensor:
+        """As `Invoker.mask`, for a block that was given its prompt directly."""
+        if self._implicit is None:
+            raise BlockError("`mask` belongs to an invoke: write `invoker.mask`.")
+        return self._implicit.mask
+
     def next(self, steps: int = 1) -> Invoker:
         """As `Invoker.next`, for a block that was given its prompt directly."""
         if self._implicit is None:
@@ -671,6 +704,14 @@ def _compute_earlier(graph: Graph, node: Node) -> None:
                 assert source is not None
                 leaf.found = source.demand(leaf.node, "a value of an earlier block")
                 leaf.ready = True
+
+
+def columns_of(spans: Sequence[tuple[int, int]], width: int) -> torch.Tensor:
+    """Which columns of each row lie in its span: bool [row, token]."""
+    found = torch.zeros(len(spans), width, dtype=torch.bool)
+    for row, (start, stop) in enumerate(spans):
+        found[row, start:stop] = True
+    return found
 
 
 def read_in(

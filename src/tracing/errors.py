@@ -99,6 +99,10 @@ class GraftworkError(Exception):
         return error
 
 
+class PaddingWarning(UserWarning):
+    """An operation on rows of different lengths takes padding for tokens."""
+
+
 class UnknownModuleError(GraftworkError, AttributeError):
     """A name that is not in the module tree."""
 

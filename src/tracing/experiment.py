@@ -96,8 +96,13 @@ class Experiment:
                 )
             if self.graph.fixed_positions and before.lengths != after.lengths:
                 raise InputError(
-                    "the block used `.t` on rows of different lengths, so it runs on prompts of the "
-                    f"same lengths alone: {before.lengths}, not {after.lengths}."
+                    "the block counted the own tokens of rows of different lengths, so it runs on "
+                    f"prompts of the same lengths alone: {before.lengths}, not {after.lengths}."
+                )
+            if self.graph.counts_tokens and set(after.lengths) != {after.width}:
+                raise InputError(
+                    "the block used `.t` on rows without padding, so it runs on prompts without "
+                    f"padding alone, not on rows of {after.lengths} tokens."
                 )
 
 

@@ -93,6 +93,7 @@ class Graph:
         lasting: nodes of lasting edits, by index, and which node of the edits each is.
         needs_grad: a captured tensor requires grad.
         fixed_positions: it holds positions of tokens that fit prompts of these lengths alone.
+        counts_tokens: it holds some that fit prompts without padding alone.
     """
 
     __slots__ = (
@@ -101,6 +102,7 @@ class Graph:
         "_searched",
         "backwards",
         "branched",
+        "counts_tokens",
         "fixed_positions",
         "lasting",
         "needs_grad",
@@ -120,7 +122,7 @@ class Graph:
         self._saved: tuple[int, ...] = ()
         self._inner: set[tuple[str, str]] = set()
         self._searched = 0
-        self.fixed_positions = False
+        self.fixed_positions = self.counts_tokens = False
         self.nodes: list[Node] = []
         self.saves: list[tuple[Node, Box]] = []
         self.writes: dict[tuple[int, HookPoint], Node] = {}
@@ -260,6 +262,7 @@ class Graph:
         graph = Graph()
         graph.nodes, graph.writes = self.nodes, self.writes
         graph.needs_grad, graph.fixed_positions = self.needs_grad, self.fixed_positions
+        graph.counts_tokens = self.counts_tokens
         graph.backwards, graph.traced = self.backwards, self.traced
         graph.passed, graph.lasting = self.passed, self.lasting
         graph.branched, graph.stops = self.branched, self.stops

@@ -288,6 +288,63 @@ def _positions(value: Any) -> list[Any]:
 POSITIONS = Operation("positions", _positions)
 
 
+#: What reduces a tensor over one axis, by the name that `.t` has for it.
+_REDUCTIONS: dict[str, Callable[..., Any]] = {
+    "mean": lambda value, axis, **how: value.mean(axis, **how),
+    "sum": lambda value, axis, **how: value.sum(axis, **how),
+    "max": lambda value, axis, **how: value.max(axis, **how).values,
+    "min": lambda value, axis, **how: value.min(axis, **how).values,
+}
+
+
+def _over_tokens(reduce: Callable[..., Any]) -> Callable[..., Any]:
+    """A reduction over each row's own tokens: padding is not looked at, so that it may hold NaN."""
+
+    def function(
+        value: torch.Tensor,
+        rows: Any,
+        axis: int,
+        across: int | None,
+        keepdim: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        how: dict[str, Any] = {"keepdim": keepdim}
+        if dtype is not None:
+            how["dtype"] = dtype
+        if across == axis:  # rows and tokens are one axis
+            value = value.unflatten(axis, (len(rows), -1))  # type: ignore[no-untyped-call]
+            axis += 1
+        # An image has no tokens that are known: the row is taken as it is.
+        spans = [row[:2] if row[0] < row[1] else (0, value.shape[axis]) for row in rows]
+        if len(set(spans)) <= 1:
+            start, stop = spans[0] if spans else (0, value.shape[axis])
+            return reduce(value.narrow(axis, start, stop - start), axis, **how)  # type: ignore[no-any-return]
+        if across is None or value.shape[across] % len(spans):
+            raise ValueError(
+                f"{list(value.shape)} has no axis with {len(spans)} rows, whose tokens are reduced"
+            )
+        each = value.shape[across] // len(spans)  # beams repeat the rows of a prompt
+        parts = [
+            reduce(
+                value.narrow(across, row * each, each).narrow(axis, start, stop - start),
+                axis,
+                **how,
+            )
+            for row, (start, stop) in enumerate(spans)
+        ]
+        return torch.cat(parts, across if keepdim or across < axis else across - 1)
+
+    return function
+
+
+#: Reductions over each row's own tokens: value, where they lie (as POSITIONS; nothing where there is no
+#: padding), the axes of tokens and of rows, and what the reduction takes.
+OVER_TOKENS = {
+    name: Operation(f"t.{name}", _over_tokens(reduce), fresh=True)
+    for name, reduce in _REDUCTIONS.items()
+}
+
+
 def _passed(value: Any, point: Any) -> Any:
     return value
 

@@ -50,6 +50,7 @@ from .operations import (
     KEPT,
     METHODS,
     OPERATORS,
+    OVER_TOKENS,
     POSITIONS,
     PUT,
     SETITEM,
@@ -734,19 +735,27 @@ class Backward:
 
 
 class Tokens:
-    """`proxy.t`: positions counted in the prompt's own tokens, whatever it is batched with."""
+    """`proxy.t`: positions counted in the prompt's own tokens, whatever it is batched with.
+
+    `.t[0]`, `.t[-1]` and `.t[2:5]` are views. `.t.mean()`, `.sum()`, `.max()` and `.min()` reduce over
+    each row's own tokens: [batch, token, d_model] becomes [batch, d_model].
+    """
 
     __slots__ = ("_proxy",)
 
     def __init__(self, proxy: Proxy) -> None:
         self._proxy = proxy
 
-    def _key(self, key: Any) -> Any:
+    def _open(self) -> Recording:
         recording = self._proxy._recording
         if recording.state is not OPEN:
             raise OperationError(
                 "`.t` counts tokens inside a block. After it, index the value: `h.value[:, i]`."
             )
+        return recording
+
+    def _key(self, key: Any) -> Any:
+        recording = self._open()
         node = _current(self._proxy)
         if recording.loop is None:
             return recording.ask().token_index(node, key)
@@ -758,12 +767,51 @@ class Tokens:
 
     def __getitem__(self, key: Any) -> Any:
         found = self._key(key)
-        if isinstance(found, Proxy) and type(key) in (int, slice):
+        if type(key) in (int, slice):
+            # A view also where rows of different lengths make torch copy: what is written there is
+            # put back by the same index.
             return _record(self._proxy._recording, GETITEM, (self._proxy, found), {})
         return Proxy._item(self._proxy, found)
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        Proxy._set_item(self._proxy, self._key(key), value)
+        proxy, found = self._proxy, self._key(key)
+        # `h.t[0] += 1` ends in `h.t[0] = part`, where the part has already been put back.
+        if not (type(key) in (int, slice) and _is_part(value, proxy, GETITEM, (found,))):
+            proxy._change(SETITEM, (found, value), {})
+
+    def mean(self, keepdim: bool = False, dtype: torch.dtype | None = None) -> Any:
+        """The mean over each row's own tokens."""
+        return self._reduced("mean", keepdim, dtype)
+
+    def sum(self, keepdim: bool = False, dtype: torch.dtype | None = None) -> Any:
+        """The sum over each row's own tokens."""
+        return self._reduced("sum", keepdim, dtype)
+
+    def max(self, keepdim: bool = False) -> Any:
+        """The largest values over each row's own tokens, without their positions."""
+        return self._reduced("max", keepdim, None)
+
+    def min(self, keepdim: bool = False) -> Any:
+        """The smallest values over each row's own tokens, without their positions."""
+        return self._reduced("min", keepdim, None)
+
+    def _reduced(self, name: str, keepdim: bool, dtype: torch.dtype | None) -> Any:
+        recording, proxy = self._open(), self._proxy
+        ask, node = recording.ask(), _current(proxy)
+        axis, across = ask.own_axes(node)
+        rows = ask.own_rows(node) if recording.loop is None else positions_of(proxy)
+        args = (proxy, rows, axis, across, keepdim, dtype)
+        return _record(recording, OVER_TOKENS[name], args, {})
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        known = ", ".join(f"`.t.{one}()`" for one in OVER_TOKENS)
+        raise AttributeError(
+            f"`.t` has no `{name}`. It has positions (`.t[0]`, `.t[-1]`, `.t[2:5]`) and reductions "
+            f"over each row's own tokens: {known}. For others, `invoker.mask` [row, token] tells which "
+            "entries are own tokens."
+        )
 
     def __call__(self) -> Any:
         """`Tensor.t()`, the transpose of a matrix."""

@@ -34,8 +34,17 @@ class Oracle(Protocol):
     def positions(self, node: Node) -> list[tuple[int, int, int]]:
         """Where the own tokens of each row lie in the value of `node`, and the number of the first."""
 
+    def own_rows(self, node: Node) -> list[tuple[int, int, int]]:
+        """As `positions`; nothing where the rows have no padding."""
+
     def token_axis(self, node: Node) -> int:
         """Which axis of the value of `node` counts tokens."""
+
+    def own_axes(self, node: Node) -> tuple[int, int | None]:
+        """Which axes of the value of `node` count tokens and rows."""
+
+    def mask(self, invoke: int, step: int) -> torch.Tensor:
+        """Which columns of each row are the prompts' own tokens: [row, token]."""
 
     def namesake(self, point: HookPoint, name: str) -> Any:
         """What `name` is in a submodule that is called as the port of `point` is; None if there is

@@ -101,6 +101,7 @@ class GraphRecord(_Record):
     writes: list[int] = Field(max_length=MAX_COUNT)
     traced: list[int] = Field(default=[], max_length=MAX_COUNT)
     fixed_positions: bool = False
+    counts_tokens: bool = False
 
 
 class Document(_Record):
@@ -513,6 +514,7 @@ def pack(
             writes=[node.index for node in graph.writes.values()],
             traced=sorted(graph.traced),
             fixed_positions=graph.fixed_positions,
+            counts_tokens=graph.counts_tokens,
         ),
         extra=dict(extra or {}),
         named=list(named),
@@ -668,6 +670,7 @@ def unpack(data: bytes) -> Package:
     graph = Graph()
     graph.nodes = reader.nodes
     graph.fixed_positions = record.fixed_positions
+    graph.counts_tokens = record.counts_tokens
     graph.backwards = [n for n in graph.nodes if n.kind == CALL and n.target in DERIVING]
     graph.branched = any(node.target is GUARDED or node.target is SELECT for node in graph.nodes)
     graph.stops = [node for node in graph.nodes if node.kind == CALL and is_stop(node)]
