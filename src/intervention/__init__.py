@@ -8,6 +8,7 @@ from .planner import plan
 from .prefix import Prefix
 from .run import Run, Stop, no_grad
 from .schedule import Schedule, measure
+from .shape_check import ShapeCheck
 from .shapes import Shapes, Structure
 from .source import Listing, forward_name, listing
 
@@ -24,6 +25,7 @@ __all__ = [
     "Run",
     "Schedule",
     "Settings",
+    "ShapeCheck",
     "Shapes",
     "Stop",
     "Structure",

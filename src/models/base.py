@@ -25,6 +25,7 @@ from ..intervention import (
     Plan,
     Run,
     Schedule,
+    ShapeCheck,
     Shapes,
     at_path,
     forward_name,
@@ -652,6 +653,7 @@ class Model(Envoy):
 
     def execute(self, tracer: Tracer) -> Any:
         """Plan a finished block, load the weights if they are not loaded, and run it."""
+        self._check_shapes(tracer, tracer.graph.live())
         warn_of_padding(tracer, self.oracle(tracer))
         known: Known | None = tracer.recording.known
         if known is None:
@@ -665,8 +667,41 @@ class Model(Envoy):
         known.update(tracer, places)
         return self._run_part(tracer, known, known.rest(tracer, places))
 
+    def _check_shapes(self, tracer: Tracer, live: bytearray | None = None) -> None:
+        """Refuse shapes that do not fit, while the weights are still to be loaded. Afterwards the run
+        tells as soon, and a sweep need not pay for it."""
+        if not self.loaded and self._is_like_trial(tracer):
+            ShapeCheck(tracer.graph, self.oracle(tracer), self._unlike_trial(tracer)).go_on(live)
+
+    def early_check(self, tracer: Tracer) -> Callable[[], None] | None:
+        """What checks operations at their lines: where the weights are not loaded, and the forward has
+        been measured before."""
+        if self.loaded or not self._schedules or not self._is_like_trial(tracer):
+            return None
+        found: list[ShapeCheck] = []
+
+        def check() -> None:
+            recording = tracer.recording
+            if recording.loop is not None or recording.session is not None:
+                return  # what is put in place later is checked there
+            if not found:
+                shapes = self.oracle(tracer)
+                found.append(ShapeCheck(recording.graph, shapes, self._unlike_trial(tracer)))
+            found[0].go_on()
+
+        return check
+
+    def _is_like_trial(self, tracer: Tracer) -> bool:
+        """False where something besides the prompts may change the shapes that a trial has."""
+        return False
+
+    def _unlike_trial(self, tracer: Tracer) -> frozenset[str]:
+        """Modules whose values have other shapes in this block than in a trial."""
+        return frozenset()
+
     def demand(self, tracer: Tracer, node: Node) -> Any:
         """The value of a node of a block that is still open: runs what it needs."""
+        self._check_shapes(tracer)
         known: Known = tracer.recording.known or Known()
         if tracer.graph.backwards or tracer.graph.stops:
             known = known.anew()  # as in `execute`

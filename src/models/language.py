@@ -42,6 +42,11 @@ from .prompts import PER_TOKEN, Reader, TextPrompt, batch
 logger = logging.getLogger("graftwork")
 
 _REMOTE = ("remote", "server")
+#: Options of `generate` that leave the shapes of its forwards as they are.
+_SAME_SHAPES = frozenset(
+    "max_new_tokens min_new_tokens max_length do_sample temperature top_k top_p use_cache "
+    "eos_token_id pad_token_id repetition_penalty".split()
+)
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
@@ -268,6 +273,19 @@ class LanguageModel(Model):
             for name, value in tracer.kwargs.items()
             if type(value) in ATOMS and (not tracer.generates or name in RETURNED)
         }
+
+    def _is_like_trial(self, tracer: Tracer) -> bool:
+        prompts = [i.prompt for i in tracer.invokes if i.prompt is not None]
+        if any(getattr(prompt, "other", None) for prompt in prompts):
+            return False  # a cache, or what a decoder is given
+        if tracer.generates:
+            plain = tracer.kwargs.keys() <= _SAME_SHAPES and not self.config.is_encoder_decoder
+            return plain and self._options(tracer).repeats == 1
+        return all(type(value) in ATOMS for value in tracer.kwargs.values())
+
+    def _unlike_trial(self, tracer: Tracer) -> frozenset[str]:
+        # Of a prompt, a generation unembeds the last token alone.
+        return frozenset({"", self.unembedding_path() or ""} if tracer.generates else ())
 
     def keeps_cache(self, tracer: Tracer) -> bool:
         return self._options(tracer).get("use_cache") is not False

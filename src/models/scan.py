@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -33,6 +33,8 @@ class Scanned(Protocol):
 
     def lasting_edits(self) -> list[Template]: ...
 
+    def early_check(self, tracer: Tracer) -> Callable[[], None] | None: ...
+
 
 class Scan:
     """Ends a block by evaluating what it recorded on meta tensors."""
@@ -40,7 +42,7 @@ class Scan:
     def __init__(self, model: Scanned) -> None:
         self._model = model
         self.prepare, self.oracle, self.explain = model.prepare, model.oracle, model.explain
-        self.lasting_edits = model.lasting_edits
+        self.lasting_edits, self.early_check = model.lasting_edits, model.early_check
 
     def module_paths(self, modules: Any) -> list[str]:
         return self._model.module_paths(modules)

@@ -176,6 +176,9 @@ class Backend(Protocol):
     def lasting_edits(self) -> list[Template]:
         """The lasting changes of the model, for every prompt, in the order in which they apply."""
 
+    def early_check(self, tracer: Tracer) -> Callable[[], None] | None:
+        """What checks the operations of the block at their lines; None if that can wait."""
+
     def explain(self, tracer: Tracer) -> Any:
         """A text about the plan of the block."""
 
@@ -306,6 +309,7 @@ class Tracer(Block):
         self._is_alone = False
         self.recording = Recording(backend.oracle(self))
         self.recording.compute = self._compute
+        self.recording.early = backend.early_check(self)
         if generates:
             self.recording.no_gradients = "transformers generates without gradients: use `trace`"
         self._implicit: Invoker | None = None

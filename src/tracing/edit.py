@@ -42,7 +42,7 @@ class Edit(Tracer):
         self._done = done
         recording = self.recording
         recording.lasting = recording.looped = True
-        recording.loop = 0
+        recording.loop, recording.early = 0, None
         recording.no_values = (
             "an edit is recorded for prompts that come later; `graftwork.apply(function, value)` runs "
             "a function then"

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import html
+import logging
 import operator
 import sys
 from collections.abc import Callable, Iterator
@@ -28,6 +30,7 @@ from .errors import (
     BlockError,
     CapturedTensorError,
     ForeignProxyError,
+    Location,
     NotRunError,
     NotSavedError,
     OperationError,
@@ -64,6 +67,8 @@ from .operations import (
 )
 from .recording import ABANDONED, DONE, FAILED, OPEN, RUNNING, Recording
 from .structure import ATOMS, children, leaves, map_leaves
+
+logger = logging.getLogger("graftwork")
 
 # Answered at once from the schedule: they return numbers, not values.
 _SHAPE_METHODS = frozenset(
@@ -323,11 +328,15 @@ class Proxy:
     # ---------------------------------------------------------------- indexing
 
     def _item(self, key: Any) -> Any:
+        if self._view is not None and self._view[0] is ELEMENT:
+            _say_row(key)
         if _is_view_key(key):
             return _record(self._recording, GETITEM, (self, key), {})
         return _record(self._recording, TAKE, (self, key), {})
 
     def _set_item(self, key: Any, value: Any) -> None:
+        if self._view is not None and self._view[0] is ELEMENT:
+            _say_row(key)
         # `p[k] += 1` ends in `p[k] = part`, where the part has already been put back.
         if _is_part(value, self, GETITEM, (key,)):
             return
@@ -429,6 +438,8 @@ class Proxy:
             self,
             graph.append(CALL, operation, (_current(self), *lowered), options, recording.invoke),
         )
+        if recording.early is not None:
+            recording.early()
 
     # ---------------------------------------------------------------- values on demand
 
@@ -715,6 +726,23 @@ class SavedBlockOutput(BlockOutput, SavedTensor):  # type: ignore[misc, override
 
 Proxy._kind, Proxy._tensor_kind = Handle, SavedTensor
 BlockOutput._kind, BlockOutput._tensor_kind = BlockHandle, SavedBlockOutput
+
+
+def _say_row(key: Any) -> None:
+    """Say once for a line that a number behind a block's `output[0]` is a row of the batch."""
+    if type(key) is int:
+        _log_row(user_line(3))
+
+
+@functools.lru_cache(maxsize=1024)
+def _log_row(line: Location) -> None:
+    logger.warning(
+        "%s: `output[0]` of a block is the hidden states of the whole batch [batch, token, d_model], "
+        "so a number behind it is a row of the batch; of a module that is no block, as in "
+        "`mlp.output[0]`, `[0]` is a row already. For a token write `output[0][:, i]` or "
+        "`output[0].t[i]`; for a row that is meant, `output[i:i+1]`.",
+        line,
+    )
 
 
 class Backward:
@@ -1179,6 +1207,8 @@ def _record(
     lowered = tuple(_lower(recording, a) for a in args)
     options = {key: _lower(recording, v) for key, v in kwargs.items()} if kwargs else {}
     node = recording.graph.append(CALL, operation, lowered, options, recording.invoke)
+    if recording.early is not None:
+        recording.early()
     if effect is VIEW and isinstance(first, Proxy) and first._recording is recording:
         return Handle(recording, node, None, first, (operation, lowered[1:], options), lowered[0])
     return Handle(recording, node)

@@ -83,6 +83,7 @@ class Recording:
         looped: there was such a loop, whose own proxies have no single value.
         no_values: why no value can be had here; None where it can.
         no_gradients: why no `backward()` can be here; None where it can.
+        early: checks what was recorded since, at its line; None where only the exit does.
         backward: which backward `.grad` means, inside `with loss.backward():`.
     """
 
@@ -94,6 +95,7 @@ class Recording:
         "containers",
         "current",
         "decided",
+        "early",
         "graph",
         "invoke",
         "known",
@@ -135,6 +137,7 @@ class Recording:
         self.caches: list[Any] = []
         self.backward: int | None = None
         self.no_gradients: str | None = None
+        self.early: Callable[[], None] | None = None
 
     def close(self, state: str) -> None:
         """End the block. What was delivered belongs to the user's proxies alone from here on: no
@@ -148,7 +151,7 @@ class Recording:
         self.retained.clear()
         self.containers.clear()
         self.graph.release()
-        self.oracle = self.compute = self.known = self.session = None
+        self.oracle = self.compute = self.known = self.session = self.early = None
 
     def ask(self) -> Oracle:
         assert self.oracle is not None, "an open block has an oracle"
