@@ -363,8 +363,8 @@ class Shapes:
         past = self._past(hook_point.step if hook_point is not None else 0)
         if past:
             raise InputError(
-                f"`.t{key}`: a cache stands for the prompt's first {past} tokens, which no forward sees. "
-                "Count from the prompt's end, `.t[-1]`."
+                f"`.t{key}`: a cache stands for the prompt's first {past} tokens, which no forward "
+                "sees. Count from the prompt's end, `.t[-1]`."
             )
 
     def _counted(self, node: Node, width: int) -> None:
