@@ -53,6 +53,7 @@ from ..tracing.errors import (
     UnknownModuleError,
 )
 from ..tracing.frames import entry
+from ..tracing.limits import LIMITS, Limits
 from ..tracing.node import Node
 from ..tracing.session import Session
 from ..tracing.structure import ATOMS, leaves, map_leaves
@@ -280,14 +281,17 @@ class Model(Envoy):
         """
         edits.save(self, file)
 
-    def load_edits(self, file: str | os.PathLike[str]) -> None:
-        """Add the edits of a file to this model's own.
+    def load_edits(self, file: str | os.PathLike[str], *, limits: Limits = LIMITS) -> None:
+        """Add the edits of a file to this model's own. The file may come from anyone.
+
+        Args:
+            limits: of what is read.
 
         Raises:
             EditError: they do not fit this model; it is left as it was.
             WireError: the file is damaged, or holds what no graph may hold.
         """
-        edits.load(self, file)
+        edits.load(self, file, limits)
 
     def lasting_edits(self) -> list[Template]:
         """Policies and edits, as they are placed for each prompt."""

@@ -13,10 +13,19 @@ from ..envoy import Envoy
 from ..intervention import at_path
 from ..tracing.context import Tracer
 from ..tracing.edit import Edit, name_kinds
-from ..tracing.errors import EditError, GraftworkError, OperationError, ScheduleError, near
+from ..tracing.errors import (
+    EditError,
+    GraftworkError,
+    LimitError,
+    OperationError,
+    ScheduleError,
+    near,
+)
 from ..tracing.graph import Graph
+from ..tracing.limits import LIMITS, Limits
 from ..tracing.node import MODULE, PARAMETER, READ, WRITE
 from ..tracing.proxy import BlockHandle, Handle
+from ..tracing.structure import leaves
 from ..tracing.template import Template
 from ..tracing.wire import pack, unpack
 from .scan import check
@@ -96,12 +105,20 @@ def record(model: Any, inplace: bool) -> Edit:
     return Edit(model, model, model.sample_prompt(), target, model._edits, done)
 
 
-def _check(tracer: Tracer) -> None:
-    """Refuse edits whose shapes do not fit, where the model can be measured."""
+def _check(tracer: Tracer, most: int | None = None) -> None:
+    """Refuse edits whose shapes do not fit, where the model can be measured.
+
+    Args:
+        most: numbers in a tensor that they compute; None for those of the user's own edit.
+    """
     oracle: Any = tracer.recording.oracle
     try:
-        for _ in check(tracer.graph, oracle):
-            pass
+        for node, value, _ in check(tracer.graph, oracle):
+            if most is None:
+                continue
+            for leaf in leaves(value):
+                if isinstance(leaf, torch.Tensor) and leaf.numel() > most:
+                    raise LimitError.elements(node.describe(), node.location, leaf.shape, most)
     except ScheduleError:
         return  # then the run will tell
 
@@ -137,9 +154,9 @@ def save(model: Editable, file: str | os.PathLike[str]) -> None:
     Path(file).write_bytes(pack(graph, extra=description))
 
 
-def load(model: Any, file: str | os.PathLike[str]) -> None:
+def load(model: Any, file: str | os.PathLike[str], limits: Limits = LIMITS) -> None:
     """Add the edits of a file to those of a model."""
-    package = unpack(Path(file).read_bytes())
+    package = unpack(Path(file).read_bytes(), limits)
     if package.extra.get("kind") != _KIND:
         raise EditError(
             f"`{file}` holds a graph, but no edits: it was not written by `save_edits`."
@@ -160,7 +177,7 @@ def load(model: Any, file: str | os.PathLike[str]) -> None:
     try:
         template.place(edit.recording, 0)
         taken = edit.take()
-        _check(edit)
+        _check(edit, limits.elements)
     except GraftworkError as error:
         raise EditError.misfit(str(file), of, _own(model), str(error)) from error
     except Exception as error:  # whatever torch says of shapes that do not fit

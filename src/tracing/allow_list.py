@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .cache import CACHED
+from .limits import POWER
 from .node import CALL, MODULE, HookPoint, Node
 from .operations import (
     AGAIN,
@@ -53,6 +54,8 @@ from .proxy import CONSTANT
 
 #: A name that holds one of these is denied.
 DENIED_PARTS = tuple(
+    # Polynomials of any degree are computed degree by degree.
+    "polynomial "
     "ptr storage hook backward autocast dlpack sparse strided empty resize share pin_ pinned "
     "quantize quantized fake_quant qparams fbgemm miopen cudnn mkldnn batch_norm instance_norm "
     "distributed sym_ q_per_ q_scale q_zero int_repr".split()
@@ -71,7 +74,13 @@ DENIED = frozenset(
     # Other devices than the model's, and formats that only some kernels know.
     "ipu mtia xpu hspmm hsmm dsmm smm spmm saddmm sspaddmm coalesce is_coalesced dense_dim "
     "ccol_indices crow_indices col_indices row_indices ccol_indices_copy crow_indices_copy "
-    "col_indices_copy row_indices_copy indices_copy values_copy conv_tbc".split()
+    "col_indices_copy row_indices_copy indices_copy values_copy conv_tbc "
+    # Kernels that trust the indices, lengths, pivots or numbers in what they are given: with others the
+    # process ends, or runs on for hours. Found by calling every name with arguments that are wrong.
+    "ctc_loss embedding_bag histogramdd gru lstm rnn_relu rnn_tanh lu_unpack lu_solve ldl_solve lstsq "
+    "eigvals binomial index "
+    # The memory that they take is that of the largest number in a tensor.
+    "bincount".split()
 )
 
 #: Recorded as the others are, but missing from torch's list of what can be overridden.
@@ -210,6 +219,17 @@ def function_name(function: Any) -> str | None:
 #: have this value.
 HARMLESS = {"inplace": False, "out": None, "max_norm": None}
 
+#: Arguments that say how long a function works or how much memory it takes, and not by the shapes of
+#: what it is given: integers in the graph itself, in these bounds. By position and by name.
+COUNTS: dict[str, tuple[int, str, int, int]] = {
+    "matrix_power": (1, "n", -POWER, POWER),
+    "mvlgamma": (1, "p", 1, POWER),
+    "mvlgamma_": (1, "p", 1, POWER),
+    "multigammaln": (1, "p", 1, POWER),
+    "repeat_interleave": (1, "repeats", 0, POWER),
+    "one_hot": (1, "num_classes", 0, 2**31),
+}
+
 #: Attributes that lead from objects into running code begin so: generators, coroutines, frames,
 #: tracebacks, code objects, classes.
 _INTERNALS = ("_", "gi_", "cr_", "ag_", "f_", "tb_", "co_", "func_", "im_", "mro")
@@ -294,6 +314,30 @@ def _of_guarded(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[str]:
 
 
 @functools.cache
+def _takes(operation: Operation, name: str) -> int:
+    """How many values an operation takes: -1 for any number, -2 where `complaints` has to be asked."""
+    expected = _ARGUMENTS.get(operation)
+    if expected is not None:
+        return len(expected) if set(expected) == {_VALUE} else -2
+    special = operation in (GUARDED, APPLY, STOP) or name.rpartition(".")[2] in COUNTS
+    return -2 if special or _positions(name) else -1
+
+
+def is_good(operation: Operation, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """True where `complaints` has none, told at once for most calls; False where it has to be asked."""
+    count = _takes(operation, name)
+    if count != -1 and (kwargs or len(args) != count):
+        return False
+    for value in args:
+        if type(value) is not Node and (isinstance(value, Operation) or callable(value)):
+            return False
+    for key, value in kwargs.items():
+        if key in HARMLESS or not is_public_name(key) or not _VALUE.holds(value):
+            return False
+    return True
+
+
+@functools.cache
 def _positions(name: str) -> dict[str, int]:
     """Where a function of torch takes an argument of HARMLESS, for those that say."""
     try:
@@ -335,6 +379,12 @@ def complaints(
     for key, value in kwargs.items():
         if not is_public_name(key) or not _VALUE.holds(value):
             yield f"an argument is named {key!r}" if _VALUE.holds(value) else f"`{key}` is no value"
+    count = COUNTS.get(name.rpartition(".")[2])
+    if count is not None:
+        place, key, least, most = count
+        value = args[place] if len(args) > place else kwargs.get(key)
+        if type(value) is not int or not least <= value <= most:
+            yield f"`{key}` has to be an integer from {least} to {most} that stands in the graph"
     positions = _positions(name)
     for key, harmless in HARMLESS.items():
         place = positions.get(key, len(args))

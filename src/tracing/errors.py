@@ -503,6 +503,42 @@ class ShapeError(GraftworkError):
         )
 
 
+class LimitError(GraftworkError):
+    """An operation would make something that no graph may make, see limits.py."""
+
+    @classmethod
+    def integer(cls, operation: str) -> LimitError:
+        return cls(
+            f"`{operation}` gives an integer that does not fit into 64 bits. Compute with floats, or "
+            "with a tensor."
+        )
+
+    @classmethod
+    def parts(cls, operation: str, most: int) -> LimitError:
+        return cls(
+            f"`{operation}` gives a container or a text of more than {most} parts. Keep such values in "
+            "a tensor."
+        )
+
+    @classmethod
+    def depth(cls, operation: str, most: int) -> LimitError:
+        return cls(f"`{operation}` gives containers that are nested deeper than {most}.")
+
+    @classmethod
+    def run(cls, operation: str, most: int) -> LimitError:
+        return cls(
+            f"`{operation}`: the operations of this block make containers of more than {most} parts "
+            "together. Keep such values in tensors."
+        )
+
+    @classmethod
+    def elements(cls, what: str, location: Location, shape: Sequence[int], most: int) -> LimitError:
+        return cls(
+            f"{what} is a tensor {list(shape)}, and {most} numbers are the most that is allowed. "
+            f"Recorded at {location}"
+        )
+
+
 class CapturedTensorError(GraftworkError):
     """A tensor taken from outside the block cannot be used as it was recorded."""
 

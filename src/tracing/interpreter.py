@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from .errors import CapturedTensorError, place_error
+from .errors import CapturedTensorError, LimitError, place_error
 from .graph import arguments
+from .limits import DEPTH, PARTS, PARTS_OF_RUN
 from .node import CALL, MODULE, PARAMETER, WRITE, Captured, Later, Node
 from .operations import APPLY, GUARDED, SELECT, SKIPPED, STOP
-from .structure import ATOMS, leaves, map_leaves
+from .structure import ATOMS, children, leaves, map_leaves
 
 
 class Interpreter:
@@ -25,7 +26,7 @@ class Interpreter:
     A captured tensor goes to the device of the first value that it meets.
     """
 
-    __slots__ = ("call_module", "parameter", "values")
+    __slots__ = ("_parts", "call_module", "parameter", "values")
 
     def __init__(
         self,
@@ -36,6 +37,7 @@ class Interpreter:
         self.values = values
         self.call_module = call_module
         self.parameter = parameter
+        self._parts = 0
 
     def evaluate(self, node: Node) -> Any:
         """The value of `node`, whose arguments have been evaluated.
@@ -57,11 +59,34 @@ class Interpreter:
             assert node.kind == CALL
             if node.target is APPLY:
                 return _call_unchanged(node, args, kwargs)
-            return node.target.function(*args, **kwargs)
+            result = node.target.function(*args, **kwargs)
+            if type(result) is not torch.Tensor and isinstance(result, (tuple, list, dict)):
+                self._count(node, result)
+            return result
         except Exception as error:
             # What a function of the user's raises is left as it says it: its own lines are shown.
             place_error(error, node.location, node.describe(), message=node.target is not APPLY)
             raise
+
+    def _count(self, node: Node, value: Any) -> None:
+        """Refuse a value of too many parts: what shares parts is small in memory, and grows without
+        an end wherever it is walked through."""
+        waiting, found, depth = [value], 0, 0
+        while waiting:
+            depth += 1
+            if depth > DEPTH:
+                raise LimitError.depth(node.describe().strip("`"), DEPTH)
+            inner: list[Any] = []
+            for one in waiting:
+                parts = children(one)
+                found += 1 if parts is None else len(parts)
+                inner += [p for p in parts or () if type(p) not in ATOMS]
+                if len(inner) > PARTS or found > PARTS:
+                    raise LimitError.parts(node.describe().strip("`"), PARTS)
+            waiting = [one for one in inner if not isinstance(one, torch.Tensor)]
+        self._parts += found
+        if self._parts > PARTS_OF_RUN:
+            raise LimitError.run(node.describe().strip("`"), PARTS_OF_RUN)
 
     def resolve(self, node: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The values of the arguments of `node`."""

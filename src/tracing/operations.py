@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from .errors import near
+from .errors import LimitError, near
+from .limits import LEAST, MOST, PARTS
 from .structure import children, rebuild
 
 PURE, VIEW, IN_PLACE = "pure", "view", "in place"
@@ -123,6 +124,8 @@ def _put_item(whole: Any, part: Any, key: Any) -> Any:
             raise KeyError(f"{key!r} is not among {list(whole)}")
         return rebuild(whole, [part if k == key else v for k, v in whole.items()])
     items = list(whole)
+    if type(key) is slice and hasattr(part, "__len__") and len(items) + len(part) > PARTS:
+        raise LimitError.parts("setitem", PARTS)
     items[key] = part
     return rebuild(whole, items)
 
@@ -436,6 +439,77 @@ def _reflect(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     return lambda right, left: function(left, right)
 
 
+_SIZED = (str, bytes, list, tuple, dict)
+
+
+def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """An operator of Python whose results are bounded, and refused before they are made.
+
+    Tensors have sizes that are known and integers of 64 bits; Python's own values have neither, so ten
+    squarings or thirty doublings would keep a machine busy, whoever asks for them.
+    """
+
+    def run(left: Any, *rest: Any) -> Any:
+        right = rest[0] if rest else None
+        if isinstance(left, _SIZED) or isinstance(right, _SIZED):
+            _check_size(name, left, right)
+        elif isinstance(left, torch.Tensor) or isinstance(right, torch.Tensor):
+            return function(left, *rest)
+        elif isinstance(left, int) and isinstance(right, int):
+            much = abs(left) > 1 if name == "pow" else name in ("lshift", "ilshift")
+            if (much or (name == "ipow" and abs(left) > 1)) and right > 64:
+                raise LimitError.integer(name)
+        result = function(left, *rest)
+        if type(result) is int and not LEAST <= result <= MOST:
+            raise LimitError.integer(name)
+        return result
+
+    return run
+
+
+def _check_size(name: str, left: Any, right: Any) -> None:
+    """Refuse what would make too large a container, or a text of any length."""
+    operation = name.lstrip("i") if name.startswith("i") else name
+    if operation == "mod" and isinstance(left, (str, bytes)):
+        raise TypeError("`%` of a text formats it, which no operation of a graph does")
+    if operation == "mul":
+        whole, times = (left, right) if isinstance(left, _SIZED) else (right, left)
+        if hasattr(times, "__index__") and len(whole) * operator.index(times) > PARTS:
+            raise LimitError.parts(name, PARTS)
+    elif operation in ("add", "or_", "or"):
+        sizes = [len(one) for one in (left, right) if isinstance(one, _SIZED)]
+        other = right if isinstance(left, _SIZED) else left
+        if isinstance(other, torch.Tensor) and other.ndim:
+            sizes.append(len(other))
+        if sum(sizes) > PARTS:
+            raise LimitError.parts(name, PARTS)
+
+
+#: Functions that give a tuple of tensors, of as many as an axis is long or an argument says.
+SPLITS = frozenset(
+    "split unbind chunk tensor_split hsplit vsplit dsplit unsafe_chunk unsafe_split split_copy "
+    "unbind_copy".split()
+)
+
+
+def _split(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that splits a tensor into a bounded number of parts."""
+
+    def run(value: Any, /, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            counts = list(value.shape)
+            for one in (*args, *kwargs.values()) if name.endswith("split") else ():
+                if isinstance(one, torch.Tensor) and not one.is_floating_point():
+                    counts.append(one.numel() if one.ndim or one.is_meta else int(one))
+                elif type(one) is int and name not in ("split", "unsafe_split"):
+                    counts.append(one)
+            if max(counts, default=0) > PARTS:
+                raise LimitError.parts(name, PARTS)
+        return function(value, *args, **kwargs)
+
+    return run
+
+
 def _in_place(function: Callable[..., Any]) -> Callable[..., Any]:
     return lambda value, /, *args, **kwargs: function(_clone(value), *args, **kwargs)
 
@@ -444,16 +518,19 @@ def operators() -> dict[str, Operation]:
     """Python's operators, by the name of the method that each calls."""
     table: dict[str, Operation] = {}
     for name in BINARY:
-        function = getattr(operator, name)
         word = name.strip("_")
+        function = _bounded(word, getattr(operator, name))
         table[f"__{word}__"] = Operation(word, function, fresh=True, mixes=True)
         table[f"__r{word}__"] = Operation(f"r{word}", _reflect(function), fresh=True, mixes=True)
         # `h @= w` has no in-place form: Python binds the name anew.
         if hasattr(torch.Tensor, f"__i{word}__"):
-            in_place = getattr(operator, f"i{word}")
+            in_place = _bounded(f"i{word}", getattr(operator, f"i{word}"))
             table[f"__i{word}__"] = Operation(f"i{word}", _in_place(in_place), IN_PLACE, mixes=True)
     for name in COMPARE + UNARY:
-        table[f"__{name}__"] = Operation(name, getattr(operator, name), fresh=True, mixes=True)
+        function = getattr(operator, name)
+        if name in UNARY:
+            function = _bounded(name, function)
+        table[f"__{name}__"] = Operation(name, function, fresh=True, mixes=True)
     table["__pos__"] = Operation("pos", operator.pos, VIEW, copies=True, mixes=True)
     return table
 
@@ -470,6 +547,8 @@ def _named(name: str, function: Callable[..., Any]) -> Operation:
     """The operation of a torch method or function, by what its name says that it does."""
     if is_in_place(name):
         return Operation(name, _in_place(function), IN_PLACE, tensor=True)
+    if name in SPLITS:
+        function = _split(name, function)
     copies = name in MAYBE_VIEWS
     effect = VIEW if copies or name in VIEWS else PURE
     one = name in ONE_TENSOR

@@ -8,6 +8,7 @@ container. What is not exactly as it has to be is refused with a `WireError`, wh
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -16,11 +17,20 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from .allow_list import complaints, function_name, functions, is_path, name_of, operations
+from .allow_list import (
+    complaints,
+    function_name,
+    functions,
+    is_good,
+    is_path,
+    name_of,
+    operations,
+)
 from .errors import CapturedTensorError, Location, WireError
 from .graph import Box, Graph
+from .limits import LEAST, LIMITS, MOST, Limits
 from .node import (
     CALL,
     MODULE,
@@ -38,11 +48,8 @@ from .template import is_stop
 
 #: Format of what `pack` writes. `unpack` reads this one alone.
 FORMAT = 1
-#: Containers in containers; and limits on what a file may ask memory for before it is checked.
-MAX_DEPTH = 32
+#: Numbers of steps, calls, invokes and backwards.
 MAX_COUNT = 1_000_000
-MAX_HEADER = 100_000_000
-MAX_TEXT = 4_000
 
 _KEY = "graftwork"
 # In front of a file of another machine: it must never be looked up on this one.
@@ -50,8 +57,6 @@ _SENT = "<sent: "
 
 
 # -------------------------------------------------------------------- records, as they are in the JSON
-
-Count = Field(ge=0, le=MAX_COUNT)
 
 
 class _Record(BaseModel):
@@ -74,32 +79,30 @@ class TensorRecord(_Record):
     requires_grad: bool = False
 
 
-class NodeRecord(_Record):
-    """A node; `target`, `args` and `kwargs` are read by `_KINDS` and `_CODECS`.
-
-    What else a node may have is an optional field here, and a line in `_Writer.node` and in
-    `_Reader.append`.
-    """
-
-    kind: str
-    target: Any
-    args: list[Any] = []
-    kwargs: dict[str, Any] = {}
-    invoke: int = Field(default=-1, ge=-1, le=MAX_COUNT)
-    file: int = Count
-    line: int = Field(ge=0, lt=2**31)
+#: What a node is written as; `target`, `args` and `kwargs` are read by `_KINDS` and `_CODECS`. What may
+#: be missing has its default here. What else a node may have is a line here, in `_Writer.node` and in
+#: `_Reader.append`.
+_NODE: dict[str, Any] = {
+    "kind": None,
+    "target": None,
+    "args": [],
+    "kwargs": {},
+    "invoke": -1,
+    "file": None,
+    "line": None,
+}
 
 
 class GraphRecord(_Record):
     """A graph: indices in `saves`, `writes` and `traced` are those of nodes, `file` of a node that of
     `files`."""
 
-    files: list[str] = Field(max_length=MAX_COUNT)
-    tensors: list[TensorRecord] = Field(max_length=MAX_COUNT)
-    nodes: list[NodeRecord] = Field(max_length=MAX_COUNT)
-    saves: list[int] = Field(max_length=MAX_COUNT)
-    writes: list[int] = Field(max_length=MAX_COUNT)
-    traced: list[int] = Field(default=[], max_length=MAX_COUNT)
+    files: list[str]
+    tensors: list[TensorRecord]
+    nodes: list[Any]
+    saves: list[int]
+    writes: list[int]
+    traced: list[int] = []
     fixed_positions: bool = False
     counts_tokens: bool = False
 
@@ -336,7 +339,7 @@ class _Writer:
         self._location = Location("", 0)
         self._depth = 0
 
-    def node(self, node: Node) -> NodeRecord:
+    def node(self, node: Node) -> dict[str, Any]:
         self._location = node.location
         try:
             kind = _KINDS.get(node.kind)
@@ -349,20 +352,20 @@ class _Writer:
             written = []
             if node.target is APPLY:
                 written.append({"function": function_name(args.pop(0))})
-            record = NodeRecord(
-                kind=node.kind,
-                target=kind.write(self, node.target),
-                args=[*written, *(self.value(argument) for argument in args)],
-                kwargs={key: self.value(value) for key, value in node.kwargs.items()},
-                invoke=node.invoke,
-                file=self.files.setdefault(_own_file(node.file), len(self.files)),
-                line=node.line,
-            )
+            record = {
+                "kind": node.kind,
+                "target": kind.write(self, node.target),
+                "args": [*written, *(self.value(argument) for argument in args)],
+                "kwargs": {key: self.value(value) for key, value in node.kwargs.items()},
+                "invoke": node.invoke,
+                "file": self.files.setdefault(_own_file(node.file), len(self.files)),
+                "line": node.line,
+            }
             if node.kind == CALL:
                 name = name_of(node.target) or ""
                 for complaint in complaints(node.target, name, node.args, node.kwargs):
                     _refuse(complaint)
-            return record
+            return {key: part for key, part in record.items() if part != _NODE[key]}
         except _Refused as refused:
             raise WireError.unsendable(node.describe(), str(refused), node.location) from None
 
@@ -378,8 +381,8 @@ class _Writer:
             return _write_number(value)
         self._depth += 1
         try:
-            if self._depth > MAX_DEPTH:
-                _refuse(f"an argument is nested deeper than {MAX_DEPTH} containers")
+            if self._depth > LIMITS.depth:
+                _refuse(f"an argument is nested deeper than {LIMITS.depth} containers")
             return _items(self, value) if codec is None else {codec.tag: codec.write(self, value)}
         finally:
             self._depth -= 1
@@ -440,7 +443,7 @@ class _Writer:
 
 def _write_number(value: Any) -> Any:
     if isinstance(value, int):
-        if not -(2**63) <= value < 2**64:
+        if not LEAST <= value <= MOST:
             _refuse("an integer does not fit into 64 bits")
         return int(value)
     if isinstance(value, float):
@@ -529,37 +532,46 @@ def pack(
 class _Reader:
     """What of a graph has been read so far."""
 
-    def __init__(self, record: GraphRecord, data: Mapping[str, torch.Tensor]) -> None:
+    def __init__(
+        self, record: GraphRecord, data: Mapping[str, torch.Tensor], limits: Limits
+    ) -> None:
         for text in (*record.files, *(one.name for one in record.tensors)):
             # They stand in messages, which may end in a terminal or a log.
-            if not text.isprintable() or len(text) > MAX_TEXT:
+            if not text.isprintable() or len(text) > limits.text:
                 raise WireError.content("A name", "it is too long or cannot be printed")
         self.files = [f"{_SENT}{file}>" for file in record.files]
         self.tensors = [_read_tensor(i, one, data) for i, one in enumerate(record.tensors)]
         self.names = [one.name for one in record.tensors]
         self.nodes: list[Node] = []
-        self._depth = 0
+        self._limits = limits
+        self._depth = self._parts = 0
 
-    def append(self, record: NodeRecord) -> None:
+    def append(self, record: Any) -> None:
         index = len(self.nodes)
-        where = f"Node {index} ({record.kind[:40]!r})"
-        kind = _KINDS.get(record.kind)
+        flaw = _flaw(record)
+        if flaw is not None:
+            raise WireError.damaged(f"'nodes.{index}': {flaw}")
+        name, written = record["kind"], record.get("args", [])
+        where = f"Node {index} ({name[:40]!r})"
+        kind = _KINDS.get(name)
         if kind is None:
-            raise WireError.unknown("kind of node", record.kind[:80], where, _KINDS)
-        if record.file >= len(self.files):
+            raise WireError.unknown("kind of node", name[:80], where, _KINDS)
+        if record["file"] >= len(self.files):
             raise WireError.content(where, "it names a file that is not in the list of files")
+        self._parts = 0
         try:
-            target = kind.read(self, record.target)
-            args = tuple(self.value(argument) for argument in self._own(target, record.args))
+            target = kind.read(self, record["target"])
+            args = tuple([self.value(one) for one in self._own(target, written)])
             if target is APPLY:
-                args = (_read_function(record.args), *args)
-            kwargs = {key: self.value(value) for key, value in record.kwargs.items()}
+                args = (_read_function(written), *args)
+            kwargs = {key: self.value(value) for key, value in record.get("kwargs", {}).items()}
             if kind.arguments is not None and (len(args) != kind.arguments or kwargs):
                 _refuse(f"it has {len(args) + len(kwargs)} arguments, not {kind.arguments}")
-            if record.kind == CALL:
-                for complaint in complaints(target, record.target, args, kwargs):
-                    _refuse(complaint)
-            elif record.kind == WRITE and type(args[0]) is not Node:
+            if name == CALL:
+                if not is_good(target, record["target"], args, kwargs):
+                    for complaint in complaints(target, record["target"], args, kwargs):
+                        _refuse(complaint)
+            elif name == WRITE and type(args[0]) is not Node:
                 _refuse("what is written is no node")
             elif any(isinstance(a, Operation) for a in (*args, *kwargs.values())):
                 _refuse("an operation is no value")
@@ -567,10 +579,8 @@ class _Reader:
                 _refuse("an argument has a name that Python does not know")
         except _Refused as refused:
             raise WireError.content(where, str(refused)) from None
-        file = self.files[record.file]
-        self.nodes.append(
-            Node(index, record.kind, target, args, kwargs, record.invoke, file, record.line)
-        )
+        file, invoke = self.files[record["file"]], record.get("invoke", -1)
+        self.nodes.append(Node(index, name, target, args, kwargs, invoke, file, record["line"]))
 
     @staticmethod
     def _own(target: Any, args: list[Any]) -> list[Any]:
@@ -579,23 +589,33 @@ class _Reader:
 
     def value(self, written: Any) -> Any:
         kind = type(written)
+        if kind is dict and len(written) == 1:
+            index = written.get("node")  # most arguments are nodes
+            if type(index) is int and 0 <= index < len(self.nodes):
+                return self.nodes[index]
         if written is None or kind in (bool, str, float):
             return written
         if kind is int:
-            if not -(2**63) <= written < 2**64:
+            if not LEAST <= written <= MOST:
                 _refuse("an integer does not fit into 64 bits")
             return written
         self._depth += 1
         try:
-            if self._depth > MAX_DEPTH:
-                _refuse(f"an argument is nested deeper than {MAX_DEPTH} containers")
+            if self._depth > self._limits.depth:
+                _refuse(f"an argument is nested deeper than {self._limits.depth} containers")
             if kind is list:
+                self._parts += len(written)
+                if self._parts > self._limits.parts:
+                    _refuse(f"its arguments have more than {self._limits.parts} parts")
                 return [self.value(part) for part in written]
             if kind is not dict or len(written) != 1:
                 _refuse("an argument is no tagged value")
             ((tag, inner),) = written.items()
             if tag == "float" and isinstance(inner, str) and inner in _NUMBERS:
                 return _NUMBERS[inner]
+            self._parts += len(inner) if type(inner) is list else 1
+            if self._parts > self._limits.parts:
+                _refuse(f"its arguments have more than {self._limits.parts} parts")
             codec = _BY_TAG.get(tag)
             if codec is None:
                 _refuse(f"no value has the tag {tag[:80]!r}")
@@ -623,6 +643,25 @@ class _Reader:
                 "operation", str(name)[:80], f"Node {len(self.nodes)}", operations()
             )
         return found
+
+
+def _flaw(record: Any) -> str | None:
+    """What is wrong with the fields of a node, apart from what they mean."""
+    if type(record) is not dict:
+        return "it is no object"
+    for name in record:
+        if name not in _NODE:
+            return f"it has a field {name[:80]!r}"
+    line, file, invoke = record.get("line"), record.get("file"), record.get("invoke", -1)
+    if type(record.get("kind")) is not str or "target" not in record:
+        return "its kind or its target is missing"
+    if type(record.get("args", [])) is not list or type(record.get("kwargs", {})) is not dict:
+        return "its args or kwargs are no list and object"
+    if type(invoke) is not int or not -1 <= invoke <= MAX_COUNT:
+        return "its invoke is no number of one"
+    if type(file) is not int or file < 0 or type(line) is not int or not 0 <= line < 2**31:
+        return "its file or line is no number of one"
+    return None
 
 
 def _read_function(args: list[Any]) -> Callable[..., Any]:
@@ -653,18 +692,35 @@ def _read_tensor(
     return tensor.detach().requires_grad_(record.requires_grad)
 
 
-def unpack(data: bytes) -> Package:
+def unpack(data: bytes, limits: Limits = LIMITS) -> Package:
     """The graph that `pack` wrote. Nothing of it is run, and the bytes may come from anyone.
 
     The user's files in it are marked `<sent: …>` and never opened on this machine.
 
+    Args:
+        limits: of what is read; it takes time in proportion to the size of the bytes.
+
     Raises:
         WireError: the bytes are damaged, of another format, or hold what a graph may not hold.
     """
-    document = _document(data)
+    # Among a million new objects the collector would look for cycles again and again: there are none.
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return _unpack(data, limits)
+    finally:
+        if collects:
+            gc.enable()
+
+
+def _unpack(data: bytes, limits: Limits) -> Package:
+    document = _document(data, limits)
     tensors = _tensors(data)
     record = document.graph
-    reader = _Reader(record, tensors)
+    for name in ("files", "tensors", "nodes", "saves", "writes", "traced"):
+        if len(getattr(record, name)) > limits.count:
+            raise WireError.damaged(f"it has more than {limits.count} {name}")
+    reader = _Reader(record, tensors, limits)
     for node in record.nodes:
         reader.append(node)
     graph = Graph()
@@ -699,9 +755,9 @@ def unpack(data: bytes) -> Package:
     return Package(graph, document.extra, found, document.library)
 
 
-def _document(data: bytes) -> Document:
+def _document(data: bytes, limits: Limits) -> Document:
     size = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or size > len(data) - 8 or size > MAX_HEADER:
+    if len(data) < 8 or size > len(data) - 8 or size > limits.header:
         raise WireError.damaged("the header is longer than the file")
     header = _json(data[8 : 8 + size])
     metadata = header.get("__metadata__") if isinstance(header, dict) else None
@@ -728,9 +784,9 @@ def _json(text: str | bytes) -> Any:
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(items)
-        if len(found) != len(items):
-            raise ValueError("a key stands twice in one object")
-        return found
+        if len(found) == len(items):
+            return found
+        raise ValueError("a key stands twice in one object")
 
     def number(digits: str) -> float:
         value = float(digits)

@@ -6,6 +6,7 @@ import pickle
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 import graftwork
-from graftwork import LanguageModel, Model
+from graftwork import GraftworkError, LanguageModel, Model
 from graftwork.tracing import Graph, Tracer
 from graftwork.tracing.errors import CapturedTensorError, WireError
+from graftwork.tracing.limits import LIMITS, Limits
 from graftwork.tracing.node import Captured, Node
-from graftwork.tracing.wire import FORMAT, MAX_DEPTH, pack, unpack
+from graftwork.tracing.wire import FORMAT, pack, unpack
 
 
 def sent(tracer: Tracer) -> list[Any]:
@@ -385,7 +387,7 @@ class Wrapped(torch.Tensor):
         (lambda h: h.as_strided((2,), (1,)), "`as_strided` is not among"),
         (lambda h: torch.empty_like(h), "`empty_like` is not among"),
         (lambda h: h.type_as(b"bytes"), "of type bytes"),
-        (lambda h: h.to(nested(MAX_DEPTH + 1)), "nested deeper"),
+        (lambda h: h.to(nested(LIMITS.depth + 1)), "nested deeper"),
     ],
 )
 def test_what_has_no_form_is_refused_with_the_line(
@@ -526,7 +528,7 @@ HOSTILE: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda d: call(d, "torch.add", {"float": "1e5"}), "no value has the tag"),
     (lambda d: call(d, "torch.add", {"complex": ["a", 1.0]}), "complex"),
     (lambda d: call(d, "torch.add", 2**64), "64 bits"),
-    (lambda d: call(d, "torch.add", nested(MAX_DEPTH + 1)), "nested deeper"),
+    (lambda d: call(d, "torch.add", nested(LIMITS.depth + 1)), "nested deeper"),
     (lambda d: call(d, "torch.add", {"operation": "torch.add"}), "argument 0 is not a value"),
     (lambda d: call(d, "torch.add", [{"operation": "torch.add"}]), "inside a container"),
     (lambda d: call(d, "torch.add", N0, out=T0), "would change"),
@@ -822,3 +824,46 @@ def test_a_gradient_of_nothing_is_refused(toy: Model, x: torch.Tensor, written: 
 
     with pytest.raises(WireError):
         unpack(changed(pack(tracer.graph), change))
+
+
+# ------------------------------------------------------------------ limits, all in one table
+
+
+@pytest.mark.parametrize(
+    ("limits", "reason"),
+    [
+        (Limits(header=100), "header"),
+        (Limits(count=2), "more than 2"),
+        (Limits(depth=1), "nested deeper than 1"),
+        (Limits(parts=3), "more than 3 parts"),
+        (Limits(text=1), "too long"),
+    ],
+)
+def test_each_limit_of_reading_is_an_argument(
+    toy: Model, x: torch.Tensor, limits: Limits, reason: str
+) -> None:
+    with toy.trace(x) as tracer:
+        torch.stack([toy.mid.output, toy.mid.output[0, [0, 1, 2, 3]].sum() + toy.mid.output]).save()
+    data = pack(tracer.graph)
+    unpack(data)
+    with pytest.raises(GraftworkError, match=reason):
+        unpack(data, limits)
+
+
+@pytest.mark.slow
+def test_unpacking_takes_time_in_proportion(toy: Model, x: torch.Tensor) -> None:
+    def seconds(count: int) -> float:
+        tracer = toy.trace(x)
+        tracer.__enter__()
+        h = toy.mid.output
+        for _ in range(count // 3):
+            h = torch.cat([(h + 1)[:, :2], h], dim=-1)
+        data = pack(tracer.graph)
+        graftwork.reset()
+        begun = time.process_time()
+        assert len(unpack(data).graph.nodes) > count - 3
+        return time.process_time() - begun
+
+    small, large = seconds(10_000), seconds(60_000)
+    # 300,000 nodes take 2 s on a machine that is not busy; here it is the growth that is held.
+    assert large < 12 * small, (small, large)
