@@ -78,7 +78,7 @@ DENIED = frozenset(
     # Kernels that trust the indices, lengths, pivots or numbers in what they are given: with others the
     # process ends, or runs on for hours. Found by calling every name with arguments that are wrong.
     "ctc_loss embedding_bag histogramdd gru lstm rnn_relu rnn_tanh lu_unpack lu_solve ldl_solve lstsq "
-    "eigvals binomial index "
+    "eigvals binomial index max_pool1d "
     # The memory that they take is that of the largest number in a tensor.
     "bincount".split()
 )

@@ -1,6 +1,8 @@
 """What a graph may make of Python's own values, and of time: refused before it is made."""
 
 import operator
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -167,3 +169,47 @@ def test_how_long_a_function_works_stands_in_the_graph(toy: Model) -> None:
             assert refused(function, x, bad), (function, bad)
         assert refused(function, x)
     assert refused(torch.nn.functional.one_hot, x, num_classes=-1)
+
+
+#: Called with what no kernel expects: each of these ended the process, or ran on, for some name.
+WILD = """
+import sys, torch, warnings
+warnings.simplefilter("ignore")
+torch.set_num_threads(1)
+from graftwork.tracing import allow_list
+log = torch.randn(6, 2, 5).log_softmax(2)
+wild = torch.tensor([[-1, 2**40, -(2**40)], [1, 2, 3]])
+f, nan = torch.rand(5, 5), torch.full((3, 3), float("nan"))
+lu, pivots = torch.rand(3, 3), torch.tensor([-2, 2**30, 9], dtype=torch.int32)
+layers = [torch.rand(12, 3), torch.rand(12, 4), torch.rand(12), torch.rand(12)]
+none = torch.zeros(0, dtype=torch.long)
+cases = [
+    (log, wild, [6, 6], [3, 2]), (log, wild, torch.tensor([6, 2**40]), torch.tensor([3, 2**40])),
+    (f, torch.tensor([0, 2**40, 2, 1]), torch.tensor([0, -(2**30)])), (f, wild), (wild, f),
+    (nan,), (nan, nan), (f.abs() * 1e30, torch.rand(5, 5)), (lu, pivots), (lu, pivots, lu),
+    (lu, lu, pivots), (torch.rand(0, 3, 5), none.int()), (f, 2**62), (f, -(2**63)), (wild, -1),
+    (torch.rand(7, 3), none, torch.rand(1, 2, 4), layers, True, 1, 0.0, False, False),
+    (torch.rand(5, 2, 3), [torch.rand(1, 2, 4)] * 2, layers, True, 1, -1.0, False, True, True),
+    (torch.rand(3, 3, 3), torch.rand(3, 3, 0)), (f, [2**62, -1, 100], 2), (wild, wild, wild),
+    (f, 0, wild[0], f), (f, wild[0], f), ([wild, f],), (f, [wild[0]], f), (f, f, f, 99, 99, True),
+]
+for name, operation in allow_list.operations().items():
+    if "." not in name or name in sys.argv[1:]:
+        continue
+    for args in cases:
+        if list(allow_list.complaints(operation, name, args, {})):
+            continue
+        print(name, flush=True)
+        try:
+            operation.function(*args)
+        except Exception:
+            pass
+print("END")
+"""
+
+
+@pytest.mark.slow
+def test_no_listed_operation_ends_the_process_or_runs_on() -> None:
+    done = subprocess.run([sys.executable, "-c", WILD], capture_output=True, text=True, timeout=300)
+    lines = done.stdout.splitlines()
+    assert lines[-1] == "END", (lines[-3:], done.returncode, done.stderr[-500:])
