@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import logging
@@ -46,6 +47,7 @@ from ..tracing.context import Tracer, current_tracer
 from ..tracing.edit import Edit
 from ..tracing.errors import (
     BlockError,
+    EditError,
     InputError,
     LoadError,
     ScheduleError,
@@ -76,6 +78,8 @@ from .weights import used_weight
 
 logger = logging.getLogger("graftwork")
 
+#: Attributes of a model that its copies make anew.
+_FOUND_AGAIN = frozenset({"_vocabularies", "_envoys", "_schedules", "_measured", "_lock"})
 #: More operations than a template has.
 _MANY = 1 << 32
 #: Unified names of the model itself. A submodule of that name is meant first.
@@ -190,6 +194,52 @@ class Model(Envoy):
         self._measured: dict[frozenset[tuple[str, str]], frozenset[tuple[str, str]]] = {}
         assert self._module is not None
         self._lock = turn_of(self._module)
+
+    # ---------------------------------------------------------------- copies
+
+    def __copy__(self) -> Model:
+        """Another view of the same module."""
+        view: Model = object.__new__(type(self))
+        for name in Envoy.__slots__:
+            object.__setattr__(view, name, getattr(self, name))
+        view.__dict__.update(self.__dict__)
+        return view
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Model:
+        """A model with weights of its own. Operations of edits are data that nobody changes: both have
+        them."""
+        copied: Model = object.__new__(type(self))
+        memo[id(self)] = copied
+        memo[id(self._edits)] = self._edits
+        copied.__setstate__(copy.deepcopy(self._state(), memo))
+        return copied
+
+    def __reduce__(self) -> Any:
+        if self._edits is not None:
+            raise EditError(
+                "A model with edits cannot be pickled, as no block can: write them with `save_edits`, "
+                "and pickle the model itself."
+            )
+        return object.__new__, (type(self),), self._state()
+
+    def _state(self) -> dict[str, Any]:
+        # The rest is found again when it is asked for; a lock is this object's own.
+        return {name: value for name, value in self.__dict__.items() if name not in _FOUND_AGAIN}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        Envoy.__init__(self, self, "")
+        self.__dict__.update(state)
+        self._vocabularies = {}
+        self._envoys, self._schedules, self._measured = {}, {}, {}
+        self._lock = turn_of(self.module_tree())
+
+    def to(self, *args: Any, **kwargs: Any) -> Model:
+        """Move or cast the module, as `torch.nn.Module.to` does, loaded if need be; gives the model."""
+        with self._lock:
+            self.load().to(*args, **kwargs)
+            self._held.skeleton = None
+            self._schedules = {}
+        return self
 
     # ---------------------------------------------------------------- the module
 

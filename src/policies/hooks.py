@@ -52,6 +52,13 @@ class Hooks:
                     error = UnavailableNameError.no_layer(int(layer), self.layers())
                     raise InputError(f"`{point}: {layer}` of the hook configuration: {error}")
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_lock": None, "_template": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.RLock()
+
     # ---------------------------------------------------------------- finding
 
     def __getitem__(self, point: str) -> Point:
