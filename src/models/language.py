@@ -259,7 +259,9 @@ class LanguageModel(Model):
         return (), {**inputs, **options}
 
     def gives_tensor(self, tracer: Tracer) -> bool:
-        given = tracer.kwargs.get("generation_config") or self.module_tree().generation_config
+        given = tracer.kwargs.get("generation_config") or getattr(
+            self.module_tree(), "generation_config", None
+        )
         name = "return_dict_in_generate"
         return tracer.generates and not tracer.kwargs.get(name, getattr(given, name, False))
 

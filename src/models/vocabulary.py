@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import copy
 import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -211,17 +212,16 @@ class Vocabulary:
             return
         self._unverified = set()
         self._verified |= used
-        root = self.root
-        edits, root._edits = root._edits, None
-        try:
-            args, kwargs = root.sample_inputs()
-            layers = sorted({layer for layer, _ in used if layer >= 0})
-            # In a context of its own, as a block may be open.
-            report = contextvars.Context().run(
-                verify, self, args, kwargs, layers, strict=False, edited=used
-            )
-        finally:
-            root._edits = edits
+        # On a view without edits and policies: another thread may open a block of the model meanwhile.
+        root, names = copy.copy(self.root), copy.copy(self)
+        root._root, root._envoys, root._edits, root._hooks = root, {}, None, None
+        root._vocabularies, names.root = {self.stack: names}, root
+        args, kwargs = root.sample_inputs()
+        layers = sorted({layer for layer, _ in used if layer >= 0})
+        # In a context of its own, as a block may be open.
+        report = contextvars.Context().run(
+            verify, names, args, kwargs, layers, strict=False, edited=used
+        )
         wrong = [one for one in report.wrong if (one.layer, one.name) in used]
         if wrong:
             self._verified -= {(one.layer, one.name) for one in wrong}

@@ -326,6 +326,25 @@ def test_names_are_checked_once() -> None:
     assert use() == 1
 
 
+def test_the_check_leaves_the_edits_of_the_model_where_they_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model: Any = LanguageModel(odd())
+    with model.edit(inplace=True):
+        model.layers[1].mlp_out[:] = 0
+    kept, seen = model._edits, []
+    load = model._held.module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        seen.append(model._edits is kept)  # as a block of another thread would find it
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(model._held.module, "forward", forward)
+    with model.trace(PROMPT):
+        model.layers[1].resid_mid.save()
+    assert len(seen) > 1 and all(seen)
+
+
 def test_the_check_does_not_see_what_the_block_or_an_edit_does() -> None:
     model = LanguageModel(odd())
     with model.edit() as edited:
