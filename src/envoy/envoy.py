@@ -408,7 +408,7 @@ class Calls:
     def __init__(self, envoy: Envoy) -> None:
         self._envoy = envoy
 
-    def __getitem__(self, call: int) -> Envoy:
+    def __getitem__(self, call: Any) -> Envoy:
         if not isinstance(call, int) or call < 0:
             raise OperationError("calls are counted from 0; how many there will be is not known")
         envoy = self._envoy
