@@ -1005,7 +1005,9 @@ class Writer:
                 if one.site != site.name or one not in own or self.no_edits():
                     continue
                 line = self.edit(one, value, here, visible, names)
-                if kind == "if" and not self.careful and self.program.again is None:
+                straight = all(segment.form == "next" for segment in self.invoke.segments)
+                # A condition is asked at its line, so nothing above it may be recorded below.
+                if kind == "if" and straight and not self.careful and self.program.again is None:
                     number = self.rng.choice(own)
                     condition = (
                         f"{number.name}.float().mean().item() > {self.rng.choice((-0.1, 0.1))}"
@@ -1306,7 +1308,8 @@ def write(seed: int, kinds: list[str] | None = None, small: bool = False) -> Pro
         _write_loss(program, rng, names, found[-1][0])
     for invoke in invokes:
         for segment in invoke.segments:
-            if rng.random() < 0.35:
+            asks = any(line.startswith("if ") for one in segment.lines.values() for line in one)
+            if rng.random() < 0.35 and not asks:
                 ordered(program, segment, rng)
     return program
 
