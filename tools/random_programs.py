@@ -1439,6 +1439,8 @@ def compare(program: Program) -> str:
     except NameError as error:
         raise Invalid(str(error)) from error
     except GraftworkError as error:
+        if "would need padding" in str(error):  # said, and it is so
+            raise Invalid(str(error)) from error
         return f"refused: {type(error).__name__}: {error}"
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
