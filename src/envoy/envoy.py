@@ -247,11 +247,17 @@ class Envoy:
         if found is not None:
             return found
         try:
-            return getattr(module, name)
+            value = getattr(module, name)
         except AttributeError:
             known = [*module._modules, *module._parameters, "output", "input", "inputs"]
             kind = type(module).__name__
             raise UnknownModuleError.child(self._path, kind, name, known) from None
+        if isinstance(value, torch.nn.Module):
+            # A wrapper, such as PEFT's, hands on the attributes of what it holds.
+            for below, child in module.named_modules():
+                if child is value:
+                    return root.get(f"{self._path}.{below}" if self._path else below)
+        return value
 
     def _child(self, path: str, module: torch.nn.Module) -> Envoy:
         if self._root.attached(path) is not None:

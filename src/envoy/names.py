@@ -67,7 +67,7 @@ class Here:
         root: the model.
         vocabulary: what knows its names.
         layer: -1 for the model's own names.
-        prefix: path of the block; "" for the model's own names.
+        prefix: path of the block; for the model's own names, of the model.
     """
 
     __slots__ = ("layer", "prefix", "root", "vocabulary")
@@ -76,7 +76,7 @@ class Here:
         self.root = root
         self.vocabulary = vocabulary
         self.layer = layer
-        self.prefix: str = "" if layer < 0 else vocabulary.layer_path(layer)
+        self.prefix: str = vocabulary.prefix if layer < 0 else vocabulary.layer_path(layer)
 
     def __call__(self, name: str) -> Any:
         return read_name(self.root, self.vocabulary, self.layer, name)

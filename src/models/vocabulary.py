@@ -66,6 +66,8 @@ class Vocabulary:
         root: the model.
         architecture: what is declared for it, or was found by looking at it.
         kind: the class of the model, for messages.
+        prefix: where in the tree the model is that the names are declared for: "" unless it is wrapped,
+            as PEFT does.
         sizes: see `Sizes`.
     """
 
@@ -75,6 +77,8 @@ class Vocabulary:
         self.architecture = architecture
         self.stack = stack
         self.kind = type(tree).__name__
+        self.prefix = _inside(root, tree, architecture.layers)
+        tree = tree.get_submodule(self.prefix)
         try:
             blocks = tree.get_submodule(architecture.layers)
         except AttributeError:
@@ -82,7 +86,8 @@ class Vocabulary:
                 f"{self.kind} has no `{architecture.layers}`, where its blocks are declared to be: the "
                 "unified names are for the model with its head."
             ) from None
-        self._paths = [f"{architecture.layers}.{name}" for name in blocks._modules]
+        above = f"{self.prefix}." if self.prefix else ""
+        self._paths = [f"{above}{architecture.layers}.{name}" for name in blocks._modules]
         self.sizes: Sizes = (
             architecture.sizes(root.config, tree, len(self._paths))
             if isinstance(architecture, Probed)
@@ -122,13 +127,14 @@ class Vocabulary:
         return Weights(self.root, table, self._paths[index], self.kind)
 
     def model_weights(self) -> Weights:
-        return Weights(self.root, self.architecture.weights, "", self.kind)
+        return Weights(self.root, self.architecture.weights, self.prefix, self.kind)
 
     def find(self, name: str) -> Any:
         """A weight, or a module of the model by what it is: embed, pos_embed, ln_final, unembed."""
         modules = {one.split(".")[0]: weight for one, weight in self.architecture.weights.items()}
         if name in modules:
-            return self.root.load().get_submodule(modules[name].path)
+            place = ".".join(part for part in (self.prefix, modules[name].path) if part)
+            return self.root.load().get_submodule(place)
         if name in self.architecture.weights:
             return self.model_weights()[name]
         tree = self.root.module_tree()
@@ -297,6 +303,20 @@ class Vocabulary:
     def support(self, index: int) -> Support:
         """Which names a layer has."""
         return Support(self.kind, index, self.layer_places(index), self.architecture.probed)
+
+
+def _inside(root: Any, tree: torch.nn.Module, layers: str) -> str:
+    """The path of the model of `root.config` that has the blocks, in a wrapper that keeps it whole."""
+    for path, child in tree.named_modules():
+        own = getattr(child, "config", None)
+        if getattr(own, "model_type", None) != root.config.model_type:
+            continue
+        try:
+            child.get_submodule(layers)
+        except AttributeError:
+            continue
+        return str(path)
+    return ""
 
 
 def _has(module: torch.nn.Module, name: str) -> bool:

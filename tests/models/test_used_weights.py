@@ -236,3 +236,25 @@ def test_shapes_of_a_wrapped_quantized_model(kind: str, tmp_path: Any) -> None:
         module(IDS)
     handle.remove()
     assert torch.equal(hidden.value, found[0])
+
+
+# -------------------------------------------------------------------- a model in a wrapper
+
+
+def test_names_of_a_peft_model_are_those_of_the_model_in_it() -> None:
+    wrapped = adapted(llama(), "q_proj", "o_proj")
+    model: Any = LanguageModel(wrapped)
+    inner: Any = LanguageModel(wrapped.base_model.model)
+    total, whole = heads(model)
+    assert torch.allclose(total, whole, atol=1e-5)
+    assert torch.equal(model.layers[1][W_Q], inner.layers[1][W_Q])
+    assert torch.equal(model["embed.W_E"], wrapped.base_model.model.model.embed_tokens.weight)
+    assert model.cfg == inner.cfg
+    with model.trace(IDS):
+        logits, last = model.logits.save(), model.ln_final.save()
+        block = model.model.model.layers[1].output.save()  # as on the module
+    with torch.no_grad():
+        expected = wrapped(input_ids=IDS).logits
+    assert torch.allclose(logits.value, expected, atol=1e-6)
+    assert last.value.shape == block.value.shape == (1, 7, 64)
+    assert model.verify_names(strict=False).ok
