@@ -1,6 +1,15 @@
 """When and where it happens: schedule, shapes, plan, run, hooks. It knows modules, not models."""
 
-from .demand import Known, Part, Places, gradients_as_asked, gradients_untouched, resume, same_draws
+from .demand import (
+    Known,
+    Part,
+    Places,
+    gradients_as_asked,
+    gradients_untouched,
+    own_draws,
+    resume,
+    same_draws,
+)
 from .padding import warn_of_padding
 from .patcher import Patcher, at_path
 from .plan import Facts, Pass, Plan, Settings
@@ -36,6 +45,7 @@ __all__ = [
     "listing",
     "measure",
     "no_grad",
+    "own_draws",
     "plan",
     "resume",
     "same_draws",

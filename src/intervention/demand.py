@@ -10,6 +10,7 @@ part has completed are kept, too: the next run of that prompt starts there.
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -64,6 +65,9 @@ class Part:
         only: the invokes that run; None for all.
         whole: the block's last run, which gives what the entry point returns.
         resume: the hidden states that it starts from, and those that it keeps.
+        counts: it runs to tell how many steps a generation has.
+        until: the step at whose beginning such a run may be left.
+        reached: what it found, for each invoke that ran.
         cells: where the values arrive that are kept, by node index.
         writes: the places that are written in it.
     """
@@ -72,6 +76,9 @@ class Part:
     only: frozenset[int] | None
     whole: bool
     resume: Resume = dataclasses.field(default_factory=Resume)
+    counts: bool = False
+    until: int | None = None
+    reached: dict[int, int] = dataclasses.field(default_factory=dict)
     cells: dict[int, Cell] = dataclasses.field(default_factory=dict)
     writes: dict[Place, Node] = dataclasses.field(default_factory=dict)
 
@@ -149,6 +156,7 @@ class Known:
         writes: the last writes for which all this holds.
         applied: those of them that a run has carried out.
         random: the generators' states at the first run, for runs that draw.
+        steps: for each invoke, how many steps its generation has, and whether it then ends.
     """
 
     def __init__(self) -> None:
@@ -157,6 +165,8 @@ class Known:
         self.writes: dict[Place, Node] = {}
         self.applied: dict[Place, Node] = {}
         self.random: list[torch.Tensor] | None = None
+        self.steps: dict[int, tuple[int, bool]] = {}
+        self._counted = False
         self._prompts = 0
 
     def anew(self) -> Known:
@@ -175,6 +185,8 @@ class Known:
         grown = prompts != self._prompts and bool(whole)
         changed = [p for p, node in graph.writes.items() if self.writes.get(p) is not node]
         self.writes, self._prompts = dict(graph.writes), prompts
+        if changed or grown:
+            self.steps.clear()
         if not self.values and not self.hidden and not self.applied:
             return
         if not changed and not grown:
@@ -245,6 +257,21 @@ class Known:
                 part.resume.keeps[invoke] = ends[-1]
         return part
 
+    def count(self, tracer: Tracer, invoke: int, step: int, places: Places) -> Part:
+        """What has to run to tell whether the generation of an invoke has a step.
+
+        The first time that is all of it: where a loop only reads, no other run is needed. Where it
+        writes, how far the next round's step.
+        """
+        need = _Need(self, tracer, places, tracer.graph.stops)
+        need.pass_by(invoke, HookPoint("", "result"))
+        need.close()
+        part = Part(self._graph(tracer.graph), frozenset(need.prompted), False, counts=True)
+        part.until = step if self._counted else None
+        self._counted = True
+        self._carry_out(part, tracer.graph, need)
+        return part
+
     def rest(self, tracer: Tracer, places: Places) -> Part:
         """What has to run at the block's exit."""
         graph = tracer.graph
@@ -278,6 +305,9 @@ class Known:
 
     def _carry_out(self, part: Part, graph: Graph, need: _Need) -> None:
         part.resume.starts = {i: self.hidden[i] for i in need.floors if i in need.prompted}
+        # Those of prompts that do not run would end the others.
+        runs = need.prompted | need.whole
+        part.graph.stops = [node for node in graph.stops if node.invoke in runs]
         part.writes = part.graph.writes = {
             place: node for place, node in graph.writes.items() if place in need.writes
         }
@@ -300,6 +330,7 @@ class _Need:
         stops: for each invoke that runs, the position of the last read.
         writes: the places whose writes have to be carried out.
         floors: for each invoke that starts later, where.
+        whole: the invokes that see the whole batch.
     """
 
     def __init__(self, known: Known, tracer: Tracer, places: Places, roots: Iterable[Node]) -> None:
@@ -309,13 +340,13 @@ class _Need:
         self._places = places
         self._roots = list(roots)
         self._passed: list[Place] = []
-        self._whole = {i.index for i in tracer.invokes if i.prompt is None}
-        written = any(place[0] in self._whole for place in self._graph.writes)
+        self.whole = {i.index for i in tracer.invokes if i.prompt is None}
+        written = any(place[0] in self.whole for place in self._graph.writes)
         self._mixed = written
         self.floors: dict[int, Position] = {}
         if not tracer.generates and not self._mixed:
             self.floors = {i: places.chain[block] for i, (block, _) in known.hidden.items()}
-        several = len(tracer.invokes) - len(self._whole) > 1
+        several = len(tracer.invokes) - len(self.whole) > 1
         if self.floors and several and self._looks_inside():
             self.floors.clear()
         self.close()
@@ -360,7 +391,7 @@ class _Need:
     def _reach(self, invoke: int, point: HookPoint) -> bool:
         """Let an invoke run up to a place; False if it then has to start earlier than thought."""
         at = self._places.of(point)
-        if invoke in self._whole and not self._mixed:
+        if invoke in self.whole and not self._mixed:
             self._mixed = True
             self.floors.clear()
             return False
@@ -411,7 +442,7 @@ class _Need:
                 node.kind != READ
                 or node.index in self.nodes
                 or node.index in self._known.values
-                or (node.invoke in self._whole and not self._mixed)
+                or (node.invoke in self.whole and not self._mixed)
             ):
                 continue
             stop = self.stops.get(-1 if self._mixed else node.invoke)
@@ -491,6 +522,16 @@ def same_draws(known: Known, last: bool) -> Iterator[None]:
     finally:
         if not last or not torch.equal(before[0], first[0]):
             _set_generators(before)
+
+
+def own_draws(known: Known, invoke: int, first: bool) -> None:
+    """Let a pass draw what its only prompt draws in each run of its block, whoever runs before it."""
+    if known.random is None:
+        return
+    if first:
+        _set_generators(known.random)
+    else:
+        torch.manual_seed(zlib.crc32(known.random[0].numpy().tobytes()) + invoke)
 
 
 @contextmanager

@@ -774,6 +774,28 @@ class Model(Envoy):
             value = known.values[node.index]
         return map_leaves(_own, value)
 
+    def may_end(self, tracer: Tracer) -> bool:
+        return False
+
+    def reaches(self, tracer: Tracer, invoke: int, step: int) -> bool:
+        """True if the generation of an invoke has that step, by what is recorded so far."""
+        if all(invoker.prompt is None for invoker in tracer.invokes):
+            return True  # its prompts come later
+        known: Known = tracer.recording.known or Known()
+        if tracer.graph.stops:
+            known = known.anew()  # as in `execute`
+        tracer.recording.known = known
+        places = self._places(tracer)
+        known.update(tracer, places)
+        steps, ends = known.steps.get(invoke, (0, False))
+        if step >= steps and not ends:
+            part = known.count(tracer, invoke, step, places)
+            self._run_part(tracer, known, part)
+            own = tracer.invokes[invoke].prompt is not None
+            steps = part.reached.get(invoke, 0) if own else max(part.reached.values(), default=0)
+            known.steps[invoke] = steps, part.until is None or steps <= step
+        return step < steps
+
     def _places(self, tracer: Tracer) -> Places:
         may_start = not tracer.generates and settings_of(tracer.settings).prefix_reuse
         return Places(BlockFacts(self, tracer).schedule, may_start and self.may_share(tracer))
@@ -905,8 +927,8 @@ class Model(Envoy):
     def may_stop(self, tracer: Tracer, module: torch.nn.Module) -> bool:
         if (tracer.part is None or tracer.part.whole) and (tracer.generates or tracer.uses_output):
             return False
-        if Changing(tracer):
-            return False  # it would be left half-way
+        if tracer.part is not None and tracer.part.counts:
+            return False
         # Offloaded weights go back after a module's forward; leaving one half-way would keep them.
         places = getattr(module, "hf_device_map", {}).values()
         return not any(str(place) in ("cpu", "disk") for place in places) or set(places) == {"cpu"}

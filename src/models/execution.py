@@ -177,7 +177,9 @@ class Execution:
             prompts = {i: p.with_arguments(again(p.arguments)) for i, p in prompts.items()}
             arguments = copy.copy(tracer)
             arguments.kwargs = again(tracer.kwargs)
-        may_stop = self._plan.settings.stop and entry.may_stop(tracer, self._module)
+        # What a forward changes among its arguments would be left half-way.
+        may_stop = self._plan.settings.stop and not self._changing
+        may_stop = may_stop and entry.may_stop(tracer, self._module)
         extents = {i: (len(p.lengths), p.width) for i, p in prompts.items()}
         whole = any(invoker.prompt is None for invoker in tracer.invokes)
         run.begin(one, extents, lambda: self._schedule(one), may_stop, whole)

@@ -283,8 +283,6 @@ class Clock:
         self._waits = False
         self._step += 1
         step = self._step
-        if step == self._until:
-            raise Stop
         ids = kwargs.get("input_ids", args[0] if args else None)
         if ids is None:
             ids = kwargs.get("decoder_input_ids", kwargs.get("inputs_embeds"))
@@ -293,11 +291,15 @@ class Clock:
         if run.places is None and not self._watches:
             run.step = step  # the one invoke sees the whole value, whatever its rows are
             run.reached = dict.fromkeys(run.extents, step + 1)
+            if step == self._until:
+                raise Stop
             return
         rows = self._count if ids is None else ids.shape[0]
         if self._watches and step and ids is not None and ids.ndim == 2:
             self._watch(ids[:, -1])
         run.forward_begins(step, rows, step, self._ended)
+        if step == self._until:
+            raise Stop
 
     def _watch(self, last: torch.Tensor) -> None:
         """Note which prompts have ended, by the last ids of all rows."""

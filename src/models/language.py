@@ -12,7 +12,7 @@ import torch
 
 from ..envoy import Alias
 from ..envoy.attached import open_recording
-from ..intervention import Pass, Run
+from ..intervention import Pass, Run, own_draws
 from ..tracing.context import Invoker, Tracer
 from ..tracing.errors import BlockError, InputError, LoadError, near
 from ..tracing.frames import entry
@@ -498,6 +498,14 @@ class LanguageModel(Model):
             total = first + 20 if limit is None else min(first + 20, limit)
         return max(1, int(total) - first)
 
+    def may_end(self, tracer: Tracer) -> bool:
+        return self._options(tracer).may_end()
+
+    def _draws_early(self, tracer: Tracer) -> bool:
+        """True if values were asked for while a block was written that samples: then each prompt draws
+        by itself, so that all runs of the block draw the same for it."""
+        return tracer.recording.known is not None and bool(self._options(tracer).get("do_sample"))
+
     def batch_class(self, tracer: Tracer, invoke: int) -> Hashable:
         alike: Hashable = super().batch_class(tracer, invoke)
         # The rows of a cache that somebody gives are those of one invoke, or of all of them.
@@ -508,7 +516,7 @@ class LanguageModel(Model):
             return alike
         options, graph = self._options(tracer), tracer.graph
         # Architectures that are not known may mix the states of rows of one length, too: RWKV does.
-        if self._padding is None or options.asks(ALONE):
+        if self._padding is None or options.asks(ALONE) or self._draws_early(tracer):
             return invoke
         if options.asks(SAVES, GUESSES, LOOP) and not looks_at_steps(graph):
             return invoke
@@ -641,6 +649,9 @@ class LanguageModel(Model):
                 options.setdefault("use_cache", False)
             return module(**inputs, **options)
         settings = self._options(tracer)
+        if len(one.invokes) == 1 and self._draws_early(tracer):
+            first = next(i.index for i in tracer.invokes if i.prompt is not None)
+            own_draws(tracer.recording.known, one.invokes[0], one.invokes[0] == first)
         if self._keeps_logits and one.positions != 1 and self._touches_head(one):
             # Else transformers computes the prompt's last logits alone.
             options.setdefault("logits_to_keep", one.positions)
@@ -684,16 +695,19 @@ class LanguageModel(Model):
     def around(
         self, tracer: Tracer, run: Run, module: torch.nn.Module, prompts: list[TextPrompt]
     ) -> Iterator[None]:
-        watched = bool(run.sites or run.stopped)
+        part = tracer.part
+        counts = part is not None and part.counts
+        watched = bool(run.sites or run.stopped or counts)
         if not tracer.generates or not (watched or self.config.is_encoder_decoder):
             yield
             return
         stops = bool(tracer.graph.stops)
         endings = self._options(tracer).endings()
-        later = any(site.wanted_after_first() for site in run.sites)
+        later = counts or any(site.wanted_after_first() for site in run.sites)
         watches = later and (endings is not None or stops)
         kind = StoppingClock if stops else Clock
-        clock = kind(run, sum(prompt.rows for prompt in prompts), endings, watches)
+        until = part.until if counts else None
+        clock = kind(run, sum(prompt.rows for prompt in prompts), endings, watches, until)
         # Before the hooks on the model itself, which belong to the step that begins.
         begins = module.register_forward_pre_hook(clock.begins, prepend=True, with_kwargs=True)
         ends = module.register_forward_hook(clock.ends, always_call=True)
@@ -704,8 +718,11 @@ class LanguageModel(Model):
             begins.remove()
             ends.remove()
             self._clock = None
-            for invoke, (at, _) in run.stopped.items():
-                tracer.invokes[invoke].stopped = at
+            for invoke in {*run.extents, *run.stopped}:
+                at = run.stopped.get(invoke)
+                tracer.invokes[invoke].stopped = None if at is None else at[0]
+            if counts:
+                part.reached.update(run.reached)
             if self.config.is_encoder_decoder:
                 for invoke in run.extents:
                     tracer.invokes[invoke].begins_with = clock.begins_with
@@ -748,7 +765,7 @@ class LanguageModel(Model):
         return {index: type(result)(sequences=own) for index, own in found.items()}
 
     def joined_result(self, tracer: Tracer, passes: list[Pass], results: list[Any]) -> Any:
-        if not tracer.generates or any(result is None for result in results):
+        if not (tracer.generates and results) or any(result is None for result in results):
             return super().joined_result(tracer, passes, results)
         parts: dict[int, tuple[Any, int]] = {}
         for one, result in zip(passes, results, strict=True):

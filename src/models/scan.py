@@ -50,6 +50,12 @@ class Scan:
     def most_steps(self, tracer: Tracer, prompt: Any) -> int:
         return 1  # a scan is one forward
 
+    def may_end(self, tracer: Tracer) -> bool:
+        return False
+
+    def reaches(self, tracer: Tracer, invoke: int, step: int) -> bool:
+        return True
+
     def check_repeats(self, tracer: Tracer) -> None:
         """Nothing runs, so nothing is changed."""
 

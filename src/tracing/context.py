@@ -29,6 +29,7 @@ from .experiment import Experiment
 from .frames import entry
 from .graph import Graph
 from .node import READ, HookPoint, Later, Node, user_line
+from .operations import STOP
 from .proxy import Handle, Proxy, save_all
 from .recording import ABANDONED, DONE, FAILED, OPEN, RUNNING, Oracle, Recording
 from .steps import Iter, Steps
@@ -169,6 +170,12 @@ class Backend(Protocol):
 
     def most_steps(self, tracer: Tracer, prompt: Any) -> int:
         """How many forwards a generation can have at most."""
+
+    def may_end(self, tracer: Tracer) -> bool:
+        """True if a generation may end before it has had its most steps."""
+
+    def reaches(self, tracer: Tracer, invoke: int, step: int) -> bool:
+        """True if the generation of an invoke has that step, by what is recorded so far."""
 
     def check_repeats(self, tracer: Tracer) -> None:
         """Raises BlockError for a block that cannot run again."""
@@ -311,6 +318,7 @@ class Tracer(Block):
         self.recording.compute = self._compute
         self.recording.early = backend.early_check(self)
         if generates:
+            self.recording.reaches = self._reaches
             self.recording.no_gradients = "transformers generates without gradients: use `trace`"
         self._implicit: Invoker | None = None
         if args or prompt_kwargs:
@@ -477,13 +485,27 @@ class Tracer(Block):
         self.recording.no_values = "inside `scan` there are no values"
 
     def _compute(self, node: Node) -> Any:
+        return self._run_early([node], lambda: self._backend.demand(self, node))
+
+    def _reaches(self, step: int) -> bool:
+        invoke, stops = self.recording.invoke, self.graph.stops
+        ends = (node for node in stops if node.invoke == invoke and node.target is STOP)
+        if any(node.args[0] < step for node in ends):
+            return False
+        if not stops and not self._backend.may_end(self):
+            return True
+        found: bool = self._run_early(stops, lambda: self._backend.reaches(self, invoke, step))
+        return found
+
+    def _run_early(self, roots: list[Node], run: Callable[[], Any]) -> Any:
+        """Run something of the block while it is written."""
         # What a function of the user does in this run is not written in the block.
         token = current_block.set(None)
         try:
             if self.recording.session is not None:
-                _compute_earlier(self.graph, node)
+                _compute_earlier(self.graph, roots)
             self._settle()
-            return self._backend.demand(self, node)
+            return run()
         finally:
             current_block.reset(token)
 
@@ -692,9 +714,9 @@ class Tracer(Block):
                 recording.close(FAILED)
 
 
-def _compute_earlier(graph: Graph, node: Node) -> None:
+def _compute_earlier(graph: Graph, roots: list[Node]) -> None:
     """Compute the values of earlier blocks that a value on demand may need."""
-    stack, seen = [node, *graph.writes.values()], set[int]()
+    stack, seen = [*roots, *graph.writes.values()], set[int]()
     while stack:
         one = stack.pop()
         if one.index in seen:

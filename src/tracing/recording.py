@@ -72,6 +72,7 @@ class Recording:
         retained: the proxies whose gradients are kept, until the block has ended.
         oracle: shapes on demand; None once the block has ended.
         compute: runs what is recorded so far up to a node, for its value.
+        reaches: runs what is recorded so far, to tell whether the open invoke has a step.
         known: what such runs have found, until the block has ended.
         session: the session that the block belongs to.
         caches: what the open invoke records when it ends.
@@ -106,6 +107,7 @@ class Recording:
         "no_values",
         "oracle",
         "parameters",
+        "reaches",
         "retained",
         "saved",
         "serial",
@@ -127,6 +129,7 @@ class Recording:
         self.serial = next(_serials)
         self.oracle: Oracle | None = oracle
         self.compute: Callable[[Node], Any] | None = None
+        self.reaches: Callable[[int], bool] | None = None
         self.known: Any = None
         self.session: Any = None
         self.no_values: str | None = None
@@ -151,7 +154,7 @@ class Recording:
         self.retained.clear()
         self.containers.clear()
         self.graph.release()
-        self.oracle = self.compute = self.known = self.session = self.early = None
+        self.oracle = self.compute = self.reaches = self.known = self.session = self.early = None
 
     def ask(self) -> Oracle:
         assert self.oracle is not None, "an open block has an oracle"
@@ -173,6 +176,16 @@ class Recording:
             __tracebackhide__ = True
             shorten(error)
             raise error
+        finally:
+            self.state = OPEN
+
+    def comes(self, step: int) -> bool:
+        """True unless the generation of the open invoke is known to end before `step`."""
+        if not step or self.reaches is None or self.no_values is not None or self.state is not OPEN:
+            return True
+        self.state = RUNNING
+        try:
+            return self.reaches(step)
         finally:
             self.state = OPEN
 

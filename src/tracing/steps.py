@@ -1,8 +1,9 @@
 """Owns loops over the steps of a generation: `tracer.iter[a:b]` and `tracer.all()`.
 
-As a `for` loop, each round records at its step. As a `with`, the block is recorded once: it is a
-template, which is put into the graph once for each step when the block ends. A step that never comes
-leaves its nodes without values.
+As a `for` loop, each round records at its step, and it has as many rounds as the generation has steps:
+where that may end early, what is recorded so far is run to tell. As a `with`, the block is recorded
+once: it is a template, which is put into the graph once for each step when the block ends. A step that
+never comes leaves its nodes without values.
 """
 
 from __future__ import annotations
@@ -60,6 +61,8 @@ class Steps:
         recording, before = self._recording, self._recording.step
         try:
             for step in self._steps:
+                if not recording.comes(step):
+                    return
                 recording.step = step
                 yield step
         finally:

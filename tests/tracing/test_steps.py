@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from graftwork import LanguageModel
-from graftwork.tracing.errors import BlockError, NotRunError, StepError
+from graftwork.tracing.errors import BlockError, NotRunError
 
 PROMPT = "The Eiffel Tower is in the city of"
 OTHER = "Big Ben is in the city of"
@@ -114,9 +114,131 @@ def test_steps_that_never_come_leave_a_shorter_list(model) -> None:
             singles.append(model.transformer.h[1].output.save())
     assert len(hidden) == new < 8
     assert number.value[:new] == list(range(new))
+    assert len(singles) == new
     assert singles[new - 1].value.shape[0] == 1
-    with pytest.raises(StepError, match="ended before"):
-        _ = singles[new].value
+
+
+def ending(model, prompt, at):
+    """Options under which the generation of a prompt ends with the token of a step."""
+    ids, _ = forwards(model, prompt, at + 1)
+    token = int(ids[0, -1])
+    width = len(model.tokenizer(prompt)["input_ids"])
+    return {"eos_token_id": token}, 1 + ids[0, width:].tolist().index(token)
+
+
+def test_a_for_loop_has_as_many_rounds_as_the_generation_has_steps(model) -> None:
+    options, new = ending(model, PROMPT, 2)
+    ids, seen = forwards(model, PROMPT, 8, **options)
+    saved, tokens = [], []
+    with model.generate(PROMPT, max_new_tokens=8, **options) as tracer:
+        for _ in tracer.iter[:]:
+            saved.append(model.transformer.h[1].output.save())
+            tokens.append(model.lm_head.output[:, -1].argmax(-1).item())
+    assert tracer.output.tolist() == ids.tolist()
+    assert tokens == ids[0, -new:].tolist() and 1 < new < 8
+    for found, wanted in zip(saved, seen, strict=True):
+        torch.testing.assert_close(found.value, wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_rounds_follow_what_earlier_rounds_write(model) -> None:
+    options, new = ending(model, PROMPT, 2)
+    rounds = {}
+    for most in (0, 5):
+        with model.generate(PROMPT, max_new_tokens=8, **options) as tracer:
+            rounds[most] = 0
+            for step in tracer.iter[:]:
+                rounds[most] += 1
+                if step < most:
+                    model.lm_head.output[:, -1, options["eos_token_id"]] = -1e9
+        width = len(model.tokenizer(PROMPT)["input_ids"])
+        assert tracer.output.shape[1] - width == rounds[most]
+    assert rounds[0] == new < 5 < rounds[5]
+
+
+def test_rounds_of_each_prompt_of_a_batch(model) -> None:
+    options, new = ending(model, PROMPT, 2)
+    _, other = forwards(model, OTHER, 8, **options)
+    counts = []
+    with model.generate(max_new_tokens=8, **options) as tracer:
+        for prompt in (PROMPT, OTHER, [PROMPT, OTHER]):
+            with tracer.invoke(prompt):
+                counts.append(sum(1 for _ in tracer.iter[:]))
+        with tracer.invoke():
+            counts.append(sum(1 for _ in tracer.iter[1:]) + 1)
+    most = max(new, len(other))
+    assert counts == [new, len(other), most, most]
+
+
+def test_rounds_after_a_stop_do_not_come(model) -> None:
+    ids, _ = forwards(model, PROMPT, 3)
+    token, seen, conditions = int(ids[0, -1]), [], []
+    with model.generate(PROMPT, max_new_tokens=8, eos_token_id=None) as tracer:
+        for _ in tracer.iter[:]:
+            tok = model.lm_head.output[:, -1].argmax(-1)
+            seen.append(tok.save())
+            if tok.item() == token:
+                tracer.stop()
+    assert [int(one.value) for one in seen] == ids[0, -len(seen) :].tolist()
+    assert int(seen[-1].value) == token
+    with model.generate(PROMPT, max_new_tokens=8, eos_token_id=None) as tracer:
+        for step in tracer.iter[:]:
+            conditions.append(step)
+            with tracer.cond(model.lm_head.output[:, -1].argmax(-1) == token):
+                tracer.stop()
+    assert conditions == list(range(len(seen)))
+
+
+def test_a_stop_of_one_prompt_leaves_the_rounds_of_another(model) -> None:
+    options, new = ending(model, OTHER, 3)
+    counts = []
+    with model.generate(max_new_tokens=8, **options) as tracer:
+        with tracer.invoke(PROMPT) as first:
+            for step in tracer.iter[:]:
+                if step == 1:
+                    tracer.stop()
+        with tracer.invoke(OTHER) as second:
+            for _ in tracer.iter[:]:
+                counts.append(float(model.lm_head.output[0, -1].max()))
+    assert len(counts) == new > 2
+    expected, _ = forwards(model, OTHER, 8, **options)
+    assert second.output.tolist() == expected.tolist()
+    assert first.output.shape[1] == len(model.tokenizer(PROMPT)["input_ids"]) + 2
+
+
+def test_a_loop_in_a_session_uses_values_of_an_earlier_block(model) -> None:
+    options, new = ending(model, PROMPT, 2)
+    with model.session():
+        with model.generate(OTHER, max_new_tokens=2):
+            before = model.transformer.h[1].output
+        saved = []
+        with model.generate(PROMPT, max_new_tokens=8, **options) as tracer:
+            for _ in tracer.iter[:]:
+                model.transformer.h[1].output[:] += 0 * before.sum()
+                saved.append(model.transformer.h[2].output.save())
+    assert len(saved) == new
+
+
+def test_a_loop_over_a_sampled_generation_sees_the_tokens_that_come(model) -> None:
+    options = {"max_new_tokens": 6, "do_sample": True, "temperature": 3.0, "top_k": 50}
+    torch.manual_seed(3)
+    tokens, invokers = {}, []
+    with model.generate(**options) as tracer:
+        for number, prompt in enumerate((PROMPT, OTHER, PROMPT)):
+            with tracer.invoke(prompt) as invoker:
+                tokens[number] = []
+                for _ in tracer.iter[:]:
+                    hidden = model.transformer.h[1].output[0, -1]
+                    tokens[number].append((float(hidden.sum()), hidden.sum().save()))
+            invokers.append(invoker)
+    for number, invoker in enumerate(invokers):
+        width = len(model.tokenizer((PROMPT, OTHER, PROMPT)[number])["input_ids"])
+        assert invoker.output.shape[1] - width == len(tokens[number])
+        for early, late in tokens[number]:
+            assert abs(early - float(late.value)) < 1e-3
+    assert invokers[0].output.tolist() != invokers[2].output.tolist()
+    torch.manual_seed(3)
+    expected = model.load().generate(**model.tokenizer(PROMPT, return_tensors="pt"), **options)
+    assert invokers[0].output.tolist() == expected.tolist()
 
 
 def test_a_for_loop_records_each_step(model) -> None:
