@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 
-from ..tracing.structure import leaves
+from ..tracing.structure import deep_copy
 
 
 class KeyValueCacheEntry:
@@ -69,7 +68,7 @@ class KeyValueCache:
 
     def for_forward(self) -> Any:
         """The cache to give to a forward, with the mask of its tokens beside it."""
-        found: Any = _copy(self.cache) if self.frozen else self.cache
+        found: Any = deep_copy(self.cache) if self.frozen else self.cache
         found.past_mask = self.mask
         return found
 
@@ -79,11 +78,3 @@ class KeyValueCache:
             self.mask = (
                 mask if self.mask is None else torch.cat([self.mask.to(mask.device), mask], 1)
             )
-
-
-def _copy(cache: Any) -> Any:
-    """A cache that grows alone. Gradients go through it to what its tensors were computed from."""
-    held = [one for layer in cache.layers for one in leaves(list(vars(layer).values()))]
-    # `deepcopy` refuses tensors that autograd has recorded.
-    recorded = [one for one in held if isinstance(one, torch.Tensor) and not one.is_leaf]
-    return copy.deepcopy(cache, {id(one): one.clone() for one in recorded})

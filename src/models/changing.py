@@ -7,7 +7,6 @@ user's own, which are afterwards as one forward leaves them; the others have cop
 
 from __future__ import annotations
 
-import copy
 import enum
 import functools
 import types
@@ -18,7 +17,7 @@ import torch
 
 from ..tracing.context import Tracer
 from ..tracing.errors import BlockError
-from ..tracing.structure import ATOMS, leaves, map_leaves
+from ..tracing.structure import ATOMS, deep_copy, leaves, map_leaves
 
 _FIXED = (
     torch.Tensor,
@@ -89,7 +88,7 @@ class Changing:
                     memo[id(part)] = part
         for key, one in self._found.items():
             try:
-                copies[key] = copy.deepcopy(one, memo)
+                copies[key] = deep_copy(one, memo)
             except Exception as error:  # whatever keeps an object from being copied
                 raise BlockError.uncopied(type(one).__name__, str(error), self._location) from error
 

@@ -108,7 +108,7 @@ class Experiment:
 
 def _value(box: Box) -> Any:
     if box.error is not None:
-        raise box.error
+        raise box.error.with_traceback(None)
     if not box.full:
         raise BlockError("a saved value was not computed")
     return box.value

@@ -194,7 +194,7 @@ class Proxy:
             if box.full:
                 return box.value
             if box.error is not None:
-                raise box.error
+                raise box.error.with_traceback(None)  # read again and again, it would grow
         what, where = self._node.describe(), self._node.location
         state = self._recording.state
         if state is ABANDONED:

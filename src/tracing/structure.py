@@ -94,8 +94,29 @@ def snapshot(value: Any) -> Any:
         if callable(value):
             return value  # a module among the arguments of a function, say
         # Caches and other objects of the model grow in place during generation.
-        return copy.deepcopy(value)
+        return deep_copy(value)
     return rebuild(value, [snapshot(part) for part in parts])
+
+
+def deep_copy(value: Any, memo: dict[int, Any] | None = None) -> Any:
+    """As `copy.deepcopy`, also where an object holds tensors that autograd has recorded, which that
+    refuses: gradients go through their copies."""
+    memo = {} if memo is None else memo
+    seen: set[int] = set()
+    stack = [value]
+    while stack:
+        one = stack.pop()
+        if type(one) in ATOMS or id(one) in seen or id(one) in memo:
+            continue
+        seen.add(id(one))
+        if isinstance(one, torch.Tensor):
+            if not one.is_leaf:
+                memo[id(one)] = one.clone()
+            continue
+        stack += children(one) or ()
+        if hasattr(one, "__dict__") and not isinstance(one, type):
+            stack += vars(one).values()
+    return copy.deepcopy(value, memo)
 
 
 def summary(value: Any) -> str:

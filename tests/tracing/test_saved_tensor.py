@@ -341,3 +341,24 @@ def test_scan_gives_tensors_without_numbers(tiny: LanguageModel) -> None:
     with tiny.scan(PROMPT):
         hidden = tiny.transformer.h[0].output[0].save()
     assert isinstance(hidden, SavedTensor) and hidden.is_meta and hidden.shape == (1, 8, 128)
+
+
+def test_whole_output_is_saved_where_gradients_are_recorded(tiny: LanguageModel) -> None:
+    vector = torch.zeros(128, requires_grad=True)
+    with tiny.trace(PROMPT) as tracer:
+        tiny.transformer.h[0].output[0][:, -1] += vector
+        result = tracer.output.save()  # with the cache of keys and values, which autograd recorded
+    result.logits[0, -1, 0].backward()
+    found = vector.grad
+
+    def hook(_module: Any, _inputs: Any, output: Any) -> Any:
+        hidden = output[0] if isinstance(output, tuple) else output
+        changed = torch.cat([hidden[:, :-1], hidden[:, -1:] + plain], 1)
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    plain = torch.zeros(128, requires_grad=True)
+    handle = tiny.load().transformer.h[0].register_forward_hook(hook)
+    logits = tiny.load()(**tiny.tokenizer(PROMPT, return_tensors="pt")).logits
+    handle.remove()
+    (wanted,) = torch.autograd.grad(logits[0, -1, 0], plain)
+    torch.testing.assert_close(found, wanted)
