@@ -19,7 +19,7 @@ from ..tracing.frames import entry
 from ..tracing.graph import arguments
 from ..tracing.interpreter import Interpreter
 from ..tracing.node import CALL, READ, Captured, GradPoint, HookPoint, Later, Node
-from ..tracing.operations import ELEMENT, GETITEM
+from ..tracing.operations import AGAIN, ELEMENT, GETITEM, ITEM, PUT, SETITEM, TAKE
 from ..tracing.structure import map_leaves
 from .rows import BATCH, BATCH_TOKEN, TOKEN, UNKNOWN, Opaque, TensorAxes, map_axes
 from .schedule import SIZES, Schedule
@@ -106,7 +106,7 @@ class Shapes:
         self._fakes: Fakes | None = None
         self._tensors: Tensors | None = None
         self._trials: list[Fakes] | None = None
-        self._open: list[Fakes] | None = None
+        self._open: dict[int, list[Fakes]] = {}
         self._layouts: dict[int, tuple[Node, Layout]] = {}
 
     @entry
@@ -289,12 +289,20 @@ class Shapes:
         return found[0] if len(found) == 1 else None
 
     def sizes(self, node: Node) -> list[int | None]:
-        """The sizes of a tensor; None where they are those of the prompts."""
-        if self._open is None:
+        """The sizes of a tensor; None where they are those of the prompts, or of the step.
+
+        What an edit records is for prompts of any number of rows; a loop is for those of its invoke.
+        """
+        invoke = -1 if self._tracer.recording.lasting else node.invoke
+        trials = self._open.get(invoke)
+        if trials is None:
             # No shorter than the prompts, whose tokens may be named.
             width = max((p.width for p in self._prompts(node)), default=0)
-            self._open = [self._sized(batch, width + tokens) for batch, tokens in SIZES]
-        first, second = (trial.value(node).shape for trial in self._open)
+            trials = self._open[invoke] = [
+                self._sized(batch if invoke < 0 else None, width + tokens)
+                for batch, tokens in SIZES
+            ]
+        first, second = (trial.value(node).shape for trial in trials)
         return [a if a == b else None for a, b in zip(first, second, strict=True)]
 
     def _sized(self, batch: int | None, tokens: int) -> Fakes:
@@ -610,10 +618,33 @@ class Fakes:
             return map_axes(make, axes)
 
 
+#: Which argument of an operation is an index.
+_KEYS = {GETITEM: 1, TAKE: 1, ITEM: 1, SETITEM: 1, PUT: 3, AGAIN: 3}
+
+
+def _any_index(key: Any) -> Any:
+    """A key with numbers in place of those that only the run tells: what they pick has the same shape.
+
+    The ends of a slice are no such numbers.
+    """
+    if type(key) is tuple:
+        return tuple(map(_any_index, key))
+    if not isinstance(key, torch.Tensor) or key.ndim or key.is_floating_point():
+        return key
+    return key if key.dtype == torch.bool else 0
+
+
 class _MetaInterpreter(Interpreter):
     """Evaluates on the meta device; captured tensors join it there."""
 
     __slots__ = ()
+
+    def resolve(self, node: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        args, kwargs = super().resolve(node)
+        at = _KEYS.get(node.target) if node.kind == CALL else None
+        if at is None:
+            return args, kwargs
+        return (*args[:at], _any_index(args[at]), *args[at + 1 :]), kwargs
 
     def _captured(self, node: Node, captured: Captured) -> torch.Tensor:
         return torch.empty_like(captured.tensor, device="meta")

@@ -697,9 +697,14 @@ class Model(Envoy):
         rows = {tensor.shape[0] for tensor in tensors if tensor.ndim}
         # Tensors whose first axes differ have no common batch: such a prompt runs alone.
         common = len(rows) == 1
+
+        def own(leaf: Any) -> Any:
+            # What the user changes later is for a later prompt; a leaf of autograd is itself.
+            return leaf.clone() if type(leaf) is torch.Tensor and not leaf.requires_grad else leaf
+
         return TensorPrompt(
-            args,
-            kwargs,
+            map_leaves(own, args, own=True),
+            map_leaves(own, kwargs, own=True),
             [0] * (rows.pop() if common else 1),
             alone=not common or bool(changed_in((args, kwargs))),
             needs_grad=any(tensor.requires_grad for tensor in tensors),

@@ -284,7 +284,8 @@ def _row(ids: Any) -> torch.Tensor:
 
 def _rows(name: str, value: Any) -> torch.Tensor:
     try:
-        tensor = value if isinstance(value, torch.Tensor) else torch.as_tensor(value)
+        # A copy: what the user changes later is for a later prompt.
+        tensor = torch.as_tensor(value).clone()
     except (TypeError, ValueError, RuntimeError):
         raise InputError(
             f"`{name}` is a tensor or a list of numbers, not {type(value).__name__} {value!r:.60}."

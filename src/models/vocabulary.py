@@ -16,7 +16,7 @@ from ..envoy.names import Derived, Layers, Missing, Place, Spot, read_name
 from ..tracing.context import current_tracer
 from ..tracing.errors import GraftworkError, ShapeError, UnavailableNameError
 from ..tracing.node import PARAMETER
-from ..tracing.proxy import Proxy, record_node
+from ..tracing.proxy import Proxy, measured, record_node
 from .architectures import Architecture, Norm, architecture_of, stacks_of
 from .architectures.probe import Probed, probe
 from .sizes import Sizes, sizes_of
@@ -176,10 +176,8 @@ class Vocabulary:
         if (layer, name) in self._checked or expected is None or not isinstance(value, Proxy):
             return
         self._checked.add((layer, name))
-        if value._recording.lasting:
-            return
         try:
-            shape = tuple(value.shape)
+            shape = tuple(measured(value).shape)
         except GraftworkError:
             return  # the model cannot be measured: what is wrong then shows when it runs
         if len(shape) != len(expected) or any(

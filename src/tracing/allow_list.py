@@ -32,6 +32,7 @@ from .operations import (
     GETITEM,
     GRAD,
     GUARDED,
+    ITEM,
     KEPT,
     METHODS,
     OPERATORS,
@@ -100,6 +101,7 @@ _MODULES = {
 _OWN = {
     "getitem": GETITEM,
     "take": TAKE,
+    "pick": ITEM,
     "setitem": SETITEM,
     "field": FIELD,
     "element": ELEMENT,
@@ -121,6 +123,10 @@ _OWN = {
     "guarded": GUARDED,
     "select": SELECT,
 }
+
+
+#: These and GETITEM differ only in what they say of memory.
+_INDEXED = {TAKE: "take", ITEM: "pick"}
 
 
 def declare(name: str, operation: Operation) -> Operation:
@@ -184,8 +190,7 @@ def _names() -> dict[int, str]:
     # By what runs: a function called with `inplace=True` is recorded as an operation of its own.
     names: dict[int, str] = {}
     for name, operation in operations().items():
-        # GETITEM and TAKE differ only in what they say of memory.
-        if operation is not TAKE:
+        if operation not in _INDEXED:
             names.setdefault(id(operation.function), name)
     for name, function in functions().items():
         names.setdefault(id(function_operation(function).function), name)
@@ -202,7 +207,7 @@ def _function_names() -> dict[Callable[..., Any], str]:
 
 def name_of(operation: Operation) -> str | None:
     """The name under which an operation is sent, or None if it is not allowed."""
-    return "take" if operation is TAKE else _names().get(id(operation.function))
+    return _INDEXED.get(operation) or _names().get(id(operation.function))
 
 
 def function_name(function: Any) -> str | None:
@@ -276,6 +281,7 @@ _FUNCTION = _Kind(
 _ARGUMENTS: dict[Operation, tuple[_Kind, ...]] = {
     GETITEM: (_VALUE, _VALUE),
     TAKE: (_VALUE, _VALUE),
+    ITEM: (_VALUE, _VALUE),
     SETITEM: (_VALUE, _VALUE, _VALUE),
     FIELD: (_VALUE, _NAME),
     ELEMENT: (_VALUE, _NUMBER),

@@ -24,6 +24,7 @@ from .operations import (
     FIELD,
     FIRST_ARGUMENT,
     GETITEM,
+    ITEM,
     OPERATORS,
     PUT,
     SELECT,
@@ -124,9 +125,12 @@ def written(node: Node) -> str | None:
     return f"{first!r} {sign} {last!r}"
 
 
+_INDEXING = frozenset({GETITEM, TAKE, ITEM, ELEMENT})
+
+
 def _part(view: Operation, args: tuple[Any, ...]) -> str:
     """`[0, :]` or `.name` for the views that are written so."""
-    if view is GETITEM or view is TAKE or view is ELEMENT:
+    if view in _INDEXING:
         return _index(args[0])
     return f".{args[0]}" if view is FIELD else ""
 

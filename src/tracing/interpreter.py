@@ -26,7 +26,7 @@ class Interpreter:
     A captured tensor goes to the device of the first value that it meets.
     """
 
-    __slots__ = ("_parts", "call_module", "parameter", "values")
+    __slots__ = ("_checked", "_parts", "call_module", "parameter", "values")
 
     def __init__(
         self,
@@ -38,6 +38,7 @@ class Interpreter:
         self.call_module = call_module
         self.parameter = parameter
         self._parts = 0
+        self._checked: set[Captured] = set()  # once in a run: their memory has to be read
 
     def evaluate(self, node: Node) -> Any:
         """The value of `node`, whose arguments have been evaluated.
@@ -118,8 +119,11 @@ class Interpreter:
 
     def _captured(self, node: Node, captured: Captured) -> torch.Tensor:
         tensor = captured.tensor
-        if captured.version is not None and tensor._version != captured.version:
-            raise CapturedTensorError.changed(captured.name, tensor.shape, node.location)
+        if captured not in self._checked:
+            if captured.is_changed():
+                raise CapturedTensorError.changed(captured.name, tensor.shape, node.location)
+            if captured.content is not None:
+                self._checked.add(captured)
         return self._beside(node, tensor)
 
     def _beside(self, node: Node, tensor: torch.Tensor) -> torch.Tensor:

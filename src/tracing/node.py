@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import zlib
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -115,20 +116,63 @@ class GradPoint(NamedTuple):
 
 
 class Captured:
-    """A tensor from outside the block, with the version it had when it was recorded."""
+    """A tensor from outside the block, with the version it had when it was recorded.
 
-    __slots__ = ("name", "tensor", "version")
+    Attributes:
+        content: a checksum of its numbers, where the version does not tell whether they were changed.
+    """
 
-    def __init__(self, tensor: torch.Tensor, name: str) -> None:
+    __slots__ = ("content", "name", "tensor", "version")
+
+    def __init__(self, tensor: torch.Tensor, name: str, content: int | None = None) -> None:
         self.tensor = tensor
         self.name = name
+        self.content = content
         # Inference tensors have no version counter; they cannot be changed outside inference mode.
         # Parameters change on purpose: an optimizer's step lies between two runs of an experiment.
         changes = tensor.is_inference() or isinstance(tensor, torch.nn.Parameter)
         self.version = None if changes else tensor._version
 
+    def is_changed(self) -> bool:
+        """True if it was changed in place since it was recorded."""
+        if self.version is not None and self.tensor._version != self.version:
+            return True
+        return self.content is not None and checksum(self.tensor) != self.content
+
     def __repr__(self) -> str:
         return f"{self.name}{list(self.tensor.shape)}"
+
+
+#: Bytes up to which memory that others write to is copied where it is captured, rather than watched.
+_COPIED = 1 << 16
+#: Bytes up to which all numbers of it are watched; of larger ones, a sample.
+_WATCHED = 1 << 24
+_SAMPLE = 1 << 16
+
+
+def is_lent(tensor: torch.Tensor) -> bool:
+    """True if others may write to its memory unseen by torch, as numpy does to what it shares: such
+    memory cannot be resized."""
+    if type(tensor) is not torch.Tensor or not tensor.is_cpu or tensor.layout != torch.strided:
+        return False
+    return not tensor.untyped_storage().resizable() and tensor.numel() > 0
+
+
+def checksum(tensor: torch.Tensor) -> int:
+    """A number that tells whether the numbers of a tensor [any shape] have changed."""
+    flat = tensor.detach().reshape(-1)
+    if flat.numel() * flat.element_size() > _WATCHED:
+        flat = flat[:: flat.numel() // _SAMPLE]
+    return zlib.crc32(flat.contiguous().view(torch.uint8).numpy())
+
+
+def captured(tensor: torch.Tensor, name: str) -> Captured:
+    """What a node holds for a tensor from outside: its numbers at this line, or a watch on them."""
+    if not is_lent(tensor):
+        return Captured(tensor, name)
+    if not tensor.requires_grad and tensor.numel() * tensor.element_size() <= _COPIED:
+        return Captured(tensor.clone(), name)
+    return Captured(tensor, name, checksum(tensor))
 
 
 class Later:

@@ -215,6 +215,9 @@ def _apply(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 GETITEM = Operation("getitem", operator.getitem, VIEW, inverse=_put_item)
 TAKE = Operation("getitem", operator.getitem)
+#: Indexed with values of the block: numbers show the memory of the whole, others copy it. Which they
+#: are, the run tells.
+ITEM = Operation("getitem", operator.getitem, VIEW, copies=True)
 SETITEM = Operation("setitem", _set_item, IN_PLACE)
 FIELD = Operation("field", _field, VIEW, inverse=_put_field)
 ELEMENT = Operation("element", _element, VIEW, inverse=_put_element)

@@ -18,6 +18,7 @@ import html
 import logging
 import operator
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -39,7 +40,7 @@ from .errors import (
     near,
 )
 from .graph import Box, Graph
-from .node import CALL, READ, WRITE, Captured, HookPoint, Node, grad_point, user_line
+from .node import CALL, READ, WRITE, Captured, HookPoint, Node, captured, grad_point, user_line
 from .operations import (
     AGAIN,
     APPLY,
@@ -50,6 +51,7 @@ from .operations import (
     GETITEM,
     GRAD,
     IN_PLACE,
+    ITEM,
     KEPT,
     METHODS,
     OPERATORS,
@@ -83,6 +85,8 @@ _FIELDS_FIRST = frozenset({"values", "indices"})
 _INDEX_DTYPES = frozenset({torch.int64, torch.int32, torch.int16, torch.int8})
 # By which a class asks for its attributes.
 _ACCESSORS = frozenset({"__get__", "__set__", "__delete__"})
+# Leaves that Python code can change: what a node holds is what they were at its line.
+_CHANGEABLE = frozenset({set, bytearray, deque})
 # What torch calls the argument that a function may show or change.
 _FIRST = frozenset({"input", "tensor", "self"})
 # `a += b` binds the name `a` anew, so it may give a new value where `a` cannot be changed.
@@ -226,9 +230,10 @@ class Proxy:
     def shape(self) -> Any:
         """Shape of the value; of a structure, the structure of its shapes.
 
-        In an edit, the sizes that are those of a prompt are proxies of numbers.
+        In an edit, and in a loop that is recorded once, the sizes that are those of the prompt or of
+        the step are proxies of numbers.
         """
-        if self._recording.lasting and self._recording.state is OPEN:
+        if self._recording.loop is not None and self._recording.state is OPEN:
             return _lasting_shape(self)
         return _described(self, lambda leaf: leaf.shape)
 
@@ -330,9 +335,7 @@ class Proxy:
     def _item(self, key: Any) -> Any:
         if self._view is not None and self._view[0] is ELEMENT:
             _say_row(key)
-        if _is_view_key(key):
-            return _record(self._recording, GETITEM, (self, key), {})
-        return _record(self._recording, TAKE, (self, key), {})
+        return _record(self._recording, _indexing(key), (self, key), {})
 
     def _set_item(self, key: Any, value: Any) -> None:
         if self._view is not None and self._view[0] is ELEMENT:
@@ -354,12 +357,13 @@ class Proxy:
 
     def _length(self, use: str) -> int:
         fake = self._recording.ask().value(_current(self))
-        if self._recording.lasting and isinstance(fake, torch.Tensor) and fake.ndim:
-            size = self._recording.ask().sizes(_current(self))[0]
+        recording = self._recording
+        if recording.loop is not None and isinstance(fake, torch.Tensor) and fake.ndim:
+            size = recording.ask().sizes(_current(self))[0]
             if size is None:
-                raise NotRunError.no_values(
-                    use, self._node.describe(), "its length is that of the prompts", user_line(3)
-                )
+                whose = "the prompts" if recording.lasting else "each step"
+                reason = f"its length is that of {whose}"
+                raise NotRunError.no_values(use, self._node.describe(), reason, user_line(3))
             return size
         if isinstance(fake, torch.Tensor) and fake.ndim == 0:
             raise OperationError(
@@ -388,8 +392,8 @@ class Proxy:
         """What `proxy.name` means while the block is open, if this class does not define it."""
         if name in TENSOR_PROPERTIES:
             return _record(self._recording, FIELD, (self, name), {})
-        if name in _SIZES and self._recording.lasting:
-            return Method(self, name)
+        if name in _SIZES and self._recording.loop is not None:
+            return functools.partial(_lasting_size, self, name)
         if name in _SHAPE_METHODS or name in _SHAPE_PROPERTIES:
             return getattr(self._recording.ask().value(_current(self)), name)
         if name in _ON_DEMAND:
@@ -561,8 +565,7 @@ class Proxy:
         if name == "__getitem__":
             if isinstance(first, Proxy):
                 return first._item(args[1])
-            operation = GETITEM if _is_view_key(args[1]) else TAKE
-            return _record(recording, operation, args, kwargs)
+            return _record(recording, _indexing(args[1]), args, kwargs)
         if name == "__setitem__" and isinstance(first, Proxy):
             return first._set_item(*args[1:])
         if isinstance(first, SavedTensor) and getattr(torch.Tensor, name, None) is function:
@@ -790,7 +793,7 @@ class Tokens:
         # Where the tokens lie is known when this is placed: see template.py.
         if any(isinstance(leaf, Proxy) for leaf in leaves(key)):
             raise OperationError("`.t` takes numbers here, no values of the block.")
-        args = (node, key, recording.ask().token_axis(node))
+        args = (node, _lower(recording, key), recording.ask().token_axis(node))
         return Handle(recording, recording.graph.append(CALL, TOKENS, args, None, recording.invoke))
 
     def __getitem__(self, key: Any) -> Any:
@@ -1062,10 +1065,12 @@ def _autograd_grad(
 
 
 def _is_cut_off(proxy: Proxy) -> bool:
-    """True for what shows the memory of its whole but is apart from it for autograd."""
+    """True for what shows the memory of its whole, or may, but has a gradient of its own."""
     view = proxy._view
     return view is not None and (
-        view[0] is METHODS["detach"] or (view[0] is FIELD and view[1] == ("data",))
+        view[0] is METHODS["detach"]
+        or view[0] is ITEM
+        or (view[0] is FIELD and view[1] == ("data",))
     )
 
 
@@ -1257,10 +1262,10 @@ def _lower(recording: Recording, value: Any) -> Any:
             "index `.t[...]`, call `.method()`."
         )
     if kind in (tuple, list, dict, slice) or isinstance(value, (tuple, list, dict)):
-        return map_leaves(lambda leaf: _lower_leaf(recording, leaf), value)
+        return map_leaves(lambda leaf: _lower_leaf(recording, leaf), value, own=True)
     if dataclasses.is_dataclass(value) and not isinstance(value, (type, Operation)):
-        return map_leaves(lambda leaf: _lower_leaf(recording, leaf), value)
-    return value
+        return map_leaves(lambda leaf: _lower_leaf(recording, leaf), value, own=True)
+    return copy.copy(value) if kind in _CHANGEABLE else value
 
 
 def _lower_leaf(recording: Recording, leaf: Any) -> Any:
@@ -1284,7 +1289,13 @@ def _capture(recording: Recording, tensor: torch.Tensor) -> Captured:
         raise CapturedTensorError.meta(name, user_line(3))
     if tensor.requires_grad:
         recording.graph.needs_grad = True
-    return Captured(tensor, name)
+    watched = recording.lent.get(id(tensor))
+    if watched is not None and watched.version == tensor._version:
+        return watched
+    found = captured(tensor, name)
+    if found.content is not None:
+        recording.lent[id(tensor)] = found
+    return found
 
 
 def _name_of(tensor: torch.Tensor) -> str:
@@ -1307,6 +1318,13 @@ def _unwrap(value: Any) -> Any:
     if type(value) in ATOMS or isinstance(value, torch.Tensor):
         return value
     return map_leaves(lambda leaf: leaf._known() if isinstance(leaf, Proxy) else leaf, value)
+
+
+def _indexing(key: Any) -> Operation:
+    """What indexing with `key` is."""
+    if _is_view_key(key):
+        return GETITEM
+    return ITEM if any(isinstance(leaf, Proxy) for leaf in leaves(key)) else TAKE
 
 
 def _is_view_key(key: Any) -> bool:
@@ -1334,7 +1352,7 @@ def _dict_method(proxy: Proxy, fake: dict[str, Any], name: str, *args: Any) -> A
 
 
 def _lasting_shape(proxy: Proxy) -> Any:
-    """The shape of a value in an edit, which is for prompts of any length."""
+    """The shape of a value in what is recorded once for prompts or steps of any length."""
     recording = proxy._recording
     if not isinstance(recording.ask().value(_current(proxy)), torch.Tensor):
         raise OperationError(f"{proxy._node.describe()} is no tensor: take the shape of its parts.")
@@ -1343,6 +1361,19 @@ def _lasting_shape(proxy: Proxy) -> Any:
         _record(recording, size, (proxy, axis), {}) if known is None else known
         for axis, known in enumerate(recording.ask().sizes(_current(proxy)))
     )
+
+
+def _lasting_size(proxy: Proxy, name: str, dim: int | None = None) -> Any:
+    """`size`, `numel` and `nelement` where `_lasting_shape` is the shape."""
+    sizes = _lasting_shape(proxy)
+    if name == "size":
+        return sizes if dim is None else sizes[dim]
+    return functools.reduce(operator.mul, sizes, 1)
+
+
+def measured(proxy: Proxy) -> Any:
+    """A value without numbers like that of `proxy` at the first prompt and step that it is for."""
+    return proxy._recording.ask().value(_current(proxy))
 
 
 def _described(proxy: Proxy, part: Callable[[Any], Any]) -> Any:

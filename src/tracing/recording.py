@@ -80,6 +80,7 @@ class Recording:
         loop: index of the first node of the loop over steps that is open; None outside.
         decided: the condition of the branch that has just ended, and how many nodes there were.
         lasting: it is an edit: what it records is for prompts that come later.
+        lent: tensors from outside whose memory is watched, by id.
         parameters: weights that names have used, by invoke and path.
         looped: there was such a loop, whose own proxies have no single value.
         no_values: why no value can be had here; None where it can.
@@ -101,6 +102,7 @@ class Recording:
         "invoke",
         "known",
         "lasting",
+        "lent",
         "loop",
         "looped",
         "no_gradients",
@@ -126,6 +128,7 @@ class Recording:
         self.retained: list[Any] = []
         self.containers: list[Any] = []
         self.parameters: dict[tuple[int, str], Any] = {}
+        self.lent: dict[int, Any] = {}
         self.serial = next(_serials)
         self.oracle: Oracle | None = oracle
         self.compute: Callable[[Node], Any] | None = None
@@ -148,6 +151,7 @@ class Recording:
         self.state, self.invoke = state, -1
         self.current.clear()
         self.parameters.clear()
+        self.lent.clear()
         for handle in self.saved:
             handle._end()
         self.saved.clear()

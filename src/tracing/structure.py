@@ -60,15 +60,20 @@ def children(value: Any) -> list[Any] | None:
     return None
 
 
-def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
-    """`value` with `function` applied to every leaf."""
+def map_leaves(function: Callable[[Any], Any], value: Any, own: bool = False) -> Any:
+    """`value` with `function` applied to every leaf.
+
+    Args:
+        own: containers that can be changed are rebuilt in any case: later changes do not reach them.
+    """
     if type(value) in ATOMS:
         return function(value)
     parts = children(value)
     if parts is None:
         return function(value)
-    mapped = [map_leaves(function, part) for part in parts]
-    if all(new is old for new, old in zip(mapped, parts, strict=True)):
+    mapped = [map_leaves(function, part, own) for part in parts]
+    keeps = not own or isinstance(value, (tuple, slice)) or callable(value)
+    if keeps and all(new is old for new, old in zip(mapped, parts, strict=True)):
         return value
     return rebuild(value, mapped)
 

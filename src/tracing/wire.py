@@ -400,7 +400,7 @@ class _Writer:
         """Index of the record of a captured tensor; one tensor has one record."""
         tensor = captured.tensor
         found = self._seen.get(id(tensor))
-        if captured.version is not None and tensor._version != captured.version:
+        if captured.is_changed():
             raise CapturedTensorError.changed(captured.name, tensor.shape, self._location)
         if found is None:
             found = self._seen[id(tensor)] = len(self.records)
