@@ -249,6 +249,12 @@ class Envoy:
         try:
             value = getattr(module, name)
         except AttributeError:
+            if name == "next":
+                raise OperationError(
+                    f"`{self._path}.next()`: steps are those of a prompt, not of a module. Write "
+                    "`invoker.next()` (or `tracer.next()` where the block was given its prompt), and "
+                    "what follows is about the next token."
+                ) from None
             known = [*module._modules, *module._parameters, "output", "input", "inputs"]
             kind = type(module).__name__
             raise UnknownModuleError.child(self._path, kind, name, known) from None

@@ -29,6 +29,7 @@ from ..tracing.operations import (
     ELEMENT,
     GETITEM,
     GUARDED,
+    ITEM,
     KEPT,
     PUT,
     SELECT,
@@ -40,7 +41,7 @@ from ..tracing.operations import (
 #: Modules of torch that give several tensors, what they are given, or nothing.
 _OTHERS = (torch.nn.RNNBase, torch.nn.RNNCellBase, torch.nn.MultiheadAttention, torch.nn.Identity)
 #: What shows or changes its first argument, so that it is what that one is.
-_AS_FIRST = frozenset({GETITEM, TAKE, SETITEM, KEPT, PUT})
+_AS_FIRST = frozenset({GETITEM, TAKE, ITEM, SETITEM, KEPT, PUT})
 
 
 def gives_tensor(module: torch.nn.Module) -> bool:

@@ -50,6 +50,7 @@ from ..tracing.errors import (
     EditError,
     InputError,
     LoadError,
+    Location,
     ScheduleError,
     SourceError,
     UnknownModuleError,
@@ -165,6 +166,7 @@ class Model(Envoy):
         self._held = Held()
         self._module = module
         self._edits: Template | None = None
+        self._unfinished: Location | None = None  # a view whose edits were not recorded to the end
         self._vocabularies: dict[str, Vocabulary] = {}
         self._hooks: Hooks | None = None
         self._set_up()
@@ -344,7 +346,13 @@ class Model(Envoy):
         edits.load(self, file, limits)
 
     def lasting_edits(self) -> list[Template]:
-        """Policies and edits, as they are placed for each prompt."""
+        """Policies and edits, as they are placed for each prompt.
+
+        Raises:
+            BlockError: this is a view whose edits were not recorded to the end.
+        """
+        if self._unfinished is not None:
+            raise BlockError.unfinished_edit(self._unfinished)
         policies = None if self._hooks is None else self._hooks.template()
         found = [one for one in (policies, self._edits) if one is not None]
         for number, template in enumerate(found):
@@ -648,18 +656,20 @@ class Model(Envoy):
 
     # ---------------------------------------------------------------- blocks
 
-    def trace(self, *args: Any, **kwargs: Any) -> Tracer:
+    def trace(self, *args: Any, **kwargs: Any) -> Any:
         """One forward. With a prompt, the block is about it; without, open invokes inside.
 
         Args:
-            *args, **kwargs: the arguments of the module's forward.
+            *args, **kwargs: the arguments of the module's forward. `trace=False` runs it now, with the
+                edits of this model, and gives what it returns.
 
         Raises:
             InputError: the prompt cannot be read.
         """
         settings = kwargs.pop("plan", None)
         settings_of(settings)
-        return Tracer(
+        now = kwargs.pop("trace", True) is False
+        tracer = Tracer(
             self,
             self,
             generates=False,
@@ -668,6 +678,7 @@ class Model(Envoy):
             kwargs={},
             settings=settings,
         )
+        return tracer.output if now else tracer
 
     def scan(self, *args: Any, **kwargs: Any) -> Tracer:
         """As `trace`, on values without numbers: no weights are loaded and nothing runs.
@@ -677,7 +688,7 @@ class Model(Envoy):
         Raises:
             InputError: the prompt cannot be read.
         """
-        tracer = self.trace(*args, **kwargs)
+        tracer: Tracer = self.trace(*args, **kwargs)
         tracer.scans(Scan(self))
         return tracer
 
@@ -687,7 +698,7 @@ class Model(Envoy):
 
     def invoke(self, *args: Any, **kwargs: Any) -> Tracer:
         """The same as `trace` with a prompt."""
-        return self.trace(*args, **kwargs)
+        return self.trace(*args, **kwargs)  # type: ignore[no-any-return]
 
     def oracle(self, tracer: Tracer) -> Shapes:
         return Shapes(tracer, self)

@@ -98,11 +98,18 @@ def record(model: Any, inplace: bool) -> Edit:
         target = copy.copy(model)
         target._root, target._envoys = target, {}
 
+        model.lasting_edits()  # refused on a view whose own edits were never recorded
+
     def done(tracer: Tracer, template: Template) -> None:
         _check(tracer)
         target._edits = template
+        if not inplace:
+            target._unfinished = None
 
-    return Edit(model, model, model.sample_prompt(), target, model._edits, done)
+    edit = Edit(model, model, model.sample_prompt(), target, model._edits, done)
+    if not inplace:
+        target._unfinished = edit.location
+    return edit
 
 
 def _check(tracer: Tracer, most: int | None = None) -> None:

@@ -333,7 +333,7 @@ class LanguageModel(Model):
         Raises:
             InputError: the prompt cannot be read.
         """
-        return self._open(args, kwargs, generates=False)
+        return self._open(args, kwargs, generates=False)  # type: ignore[no-any-return]
 
     @entry
     def generate(self, *args: Any, num: int | None = None, **kwargs: Any) -> Any:
@@ -400,16 +400,17 @@ class LanguageModel(Model):
         """The patterns of one prompt, [layer, head, query, key]."""
         return calls.attention_weights(self, prompt)
 
-    def _open(self, args: tuple[Any, ...], kwargs: dict[str, Any], generates: bool) -> Tracer:
+    def _open(self, args: tuple[Any, ...], kwargs: dict[str, Any], generates: bool) -> Any:
         for name in _REMOTE:
             if kwargs.pop(name, False):
                 raise InputError(f"`{name}=`: running on a server is not in this release.")
         settings = kwargs.pop("plan", None)
         settings_of(settings)
+        now = kwargs.pop("trace", True) is False
         inputs = {key: kwargs.pop(key) for key in PER_TOKEN if key in kwargs}
         if kwargs and not generates:
             self._check_keywords(kwargs)
-        return Tracer(
+        tracer = Tracer(
             self,
             self,
             generates=generates,
@@ -418,6 +419,7 @@ class LanguageModel(Model):
             kwargs=kwargs,
             settings=settings,
         )
+        return tracer.output if now else tracer
 
     def _check_keywords(self, given: Iterable[str]) -> None:
         """Refuse what the forward does not know: transformers ignores it, and a typo has no effect."""

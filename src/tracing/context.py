@@ -458,6 +458,16 @@ class Tracer(Block):
 
         return function(*map_leaves(plain, args), **map_leaves(plain, kwargs or {}))
 
+    @property
+    def result(self) -> Any:
+        """The same as `output`."""
+        return self.output
+
+    def barrier(self, count: int) -> Callable[[], None]:
+        """Accepted from code that lets invokes wait for each other. Here the order in which they are
+        written does not matter: a value of one may be used in any other."""
+        return lambda: None
+
     def _whole_batch(self) -> int:
         for invoker in self.invokes:
             if invoker.prompt is None:
@@ -475,6 +485,8 @@ class Tracer(Block):
         return self._backend.explain(self)
 
     def _settle(self) -> None:
+        if self.graph.stops:
+            self.graph.extend_stops()
         if self.graph.passed and self.graph.settle():
             self.recording.known = None  # by numbers that the nodes no longer have
 

@@ -157,6 +157,13 @@ class BlockError(GraftworkError):
         )
 
     @classmethod
+    def unfinished_edit(cls, location: Location) -> BlockError:
+        return cls(
+            "This view of the model has no edits: its `model.edit()` block did not end, or ended with "
+            f"an error: {location}\nRecord the edits again, or use the model itself."
+        )
+
+    @classmethod
     def nested(cls) -> BlockError:
         return cls(
             "An invoke was opened inside another invoke. Close the first one before: invokes of one "

@@ -192,6 +192,23 @@ class Graph:
         self._searched = len(self.nodes)
         return frozenset(self._inner)
 
+    def extend_stops(self) -> None:
+        """Let each stop wait for what was recorded before it and is used behind it."""
+        live = self.live()
+        for stop in self.stops:
+            needed = {
+                argument.index: argument
+                for node in self.nodes[stop.index + 1 :]
+                if live[node.index] and node.invoke == stop.invoke
+                for argument in arguments(node)
+                if argument.index < stop.index and argument.invoke == stop.invoke
+            }
+            more = [
+                needed[index] for index in sorted(needed) if needed[index] not in arguments(stop)
+            ]
+            stop.args = (*stop.args, *more)
+            stop.used = None
+
     def settle(self) -> bool:
         """Give those that use a place of an attached module what was written there last.
 

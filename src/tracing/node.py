@@ -163,7 +163,7 @@ def checksum(tensor: torch.Tensor) -> int:
     flat = tensor.detach().reshape(-1)
     if flat.numel() * flat.element_size() > _WATCHED:
         flat = flat[:: flat.numel() // _SAMPLE]
-    return zlib.crc32(flat.contiguous().view(torch.uint8).numpy())
+    return zlib.crc32(flat.contiguous().view(torch.uint8).numpy().data)
 
 
 def captured(tensor: torch.Tensor, name: str) -> Captured:

@@ -11,7 +11,7 @@ import torch
 from .errors import BlockError, NotRunError
 from .frames import shorten
 from .graph import Box, Graph, Series
-from .node import HookPoint, Node, user_line
+from .node import Captured, HookPoint, Node, user_line
 
 OPEN, RUNNING, DONE, FAILED, ABANDONED = "open", "running", "done", "failed", "abandoned"
 
@@ -128,7 +128,7 @@ class Recording:
         self.retained: list[Any] = []
         self.containers: list[Any] = []
         self.parameters: dict[tuple[int, str], Any] = {}
-        self.lent: dict[int, Any] = {}
+        self.lent: dict[int, Captured] = {}
         self.serial = next(_serials)
         self.oracle: Oracle | None = oracle
         self.compute: Callable[[Node], Any] | None = None

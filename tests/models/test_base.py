@@ -12,7 +12,13 @@ from torch import nn
 
 import graftwork
 from graftwork import LanguageModel, Model
-from graftwork.tracing.errors import BlockError, LoadError, OrderError, StepError
+from graftwork.tracing.errors import (
+    BlockError,
+    LoadError,
+    OperationError,
+    OrderError,
+    StepError,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -536,3 +542,81 @@ def test_apply_sees_each_prompts_own_rows() -> None:
             with tracer.invoke(torch.randn(n, 6)):
                 shapes.append(graftwork.apply(lambda h: tuple(h.shape), model[0].output).save())
     assert [shape.value for shape in shapes] == [(2, 8), (3, 8)]
+
+
+# ---------------------------------------------------------------- words of other libraries
+
+
+def test_what_stands_in_for_a_block_of_other_libraries() -> None:
+    model: Any = LanguageModel("graftwork/tiny")
+    prompt = "Big Ben is in the city of"
+    ids = torch.tensor([model.tokenizer(prompt)["input_ids"]])
+    with torch.no_grad():
+        logits = model.load()(ids).logits
+        tokens = model.load().generate(ids, max_new_tokens=2, do_sample=False)
+    torch.testing.assert_close(model.trace(prompt).output.logits, logits)
+    torch.testing.assert_close(model.trace(prompt, trace=False).logits, logits)
+    assert model.generate(prompt, max_new_tokens=2).output.tolist() == tokens.tolist()
+    assert model.generate(prompt, max_new_tokens=2, trace=False).tolist() == tokens.tolist()
+    with model.trace(prompt) as tracer:
+        inside = tracer.result.logits.save()
+    torch.testing.assert_close(inside.value, logits)
+    with pytest.raises(BlockError, match="prompt"):
+        model.trace(trace=False)
+    with pytest.raises(OperationError, match=r"invoker\.next\(\)"):
+        model.lm_head.next()
+    with model.trace() as tracer:
+        barrier = tracer.barrier(2)
+        for _ in range(2):
+            with tracer.invoke(prompt):
+                last = model.lm_head.output.save()
+                barrier()
+    torch.testing.assert_close(last.value, logits)
+
+
+def test_what_was_read_before_a_stop_is_computed_with_behind_it() -> None:
+    model: Any = LanguageModel("graftwork/tiny")
+    prompt = "Big Ben is in the city of"
+    with model.trace(prompt) as tracer:
+        hidden = model.transformer.h[1].output[0]
+        shifted = hidden + 1
+        tracer.stop()
+        twice, more = (hidden * 2).save(), (shifted * 3).save()
+        late = model.transformer.h[3].output.save()
+    seen: list[torch.Tensor] = []
+    handle = (
+        model.load()
+        .transformer.h[1]
+        .register_forward_hook(
+            lambda _m, _a, out: seen.append(out[0] if isinstance(out, tuple) else out)
+        )
+    )
+    try:
+        with torch.no_grad():
+            model.load()(torch.tensor([model.tokenizer(prompt)["input_ids"]]))
+    finally:
+        handle.remove()
+    torch.testing.assert_close(twice.value, seen[0] * 2)
+    torch.testing.assert_close(more.value, (seen[0] + 1) * 3)
+    with pytest.raises(StepError, match="stopped"):
+        _ = late.value
+
+
+def test_a_view_whose_edits_were_not_recorded_to_the_end_is_refused() -> None:
+    model: Any = LanguageModel("graftwork/tiny")
+    views = []
+    with pytest.raises(ValueError, match="on the way"):
+        with model.edit() as edited:
+            views.append(edited)
+            model.transformer.h[1].output[0][:] = 0
+            raise ValueError("on the way")
+    uses = [
+        lambda view: view.trace("a"),
+        lambda view: view.generate("a", max_new_tokens=1),
+        lambda view: view.edit(),
+    ]
+    for use in uses:
+        with pytest.raises(BlockError, match=r"has no edits.*\n.*Record the edits again"):
+            use(views[0])
+    with model.trace("a"):
+        model.lm_head.output.save()
