@@ -22,6 +22,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import numpy as np
 import torch
@@ -343,6 +344,8 @@ class Proxy:
         # `p[k] += 1` ends in `p[k] = part`, where the part has already been put back.
         if _is_part(value, self, GETITEM, (key,)):
             return
+        if type(key) in (int, str):
+            _let_go(self, (*_path(self), key), of_tensors=type(key) is int)
         self._change(SETITEM, (key, value), {})
 
     def __iter__(self) -> Iterator[Any]:
@@ -587,7 +590,17 @@ class Proxy:
 class Handle(Proxy):
     """The handle of a value that is no `torch.Tensor` to others."""
 
-    __slots__ = ("_box", "_node", "_parent", "_place", "_recording", "_retained", "_seen", "_view")
+    __slots__ = (
+        "__weakref__",
+        "_box",
+        "_node",
+        "_parent",
+        "_place",
+        "_recording",
+        "_retained",
+        "_seen",
+        "_view",
+    )
 
     def __init__(
         self,
@@ -702,6 +715,7 @@ class BlockOutput(Proxy):
             if _is_part(value, self, ELEMENT, (key,)):
                 return
             part = _lower(self._recording, value)
+            _let_go(self, (*_path(self), key))
             graph = self._recording.graph
             args: tuple[Any, ...] = (_current(self), part, ELEMENT, (key,), {})
             _assign(self, graph.append(CALL, PUT, args, None, self._recording.invoke))
@@ -1121,7 +1135,9 @@ def assign(recording: Recording, proxy: Proxy, value: Any) -> None:
             raise OperationError(f"{proxy._node.describe()} is no place that can be assigned")
         operation, args, _ = proxy._view
         if not _is_part(value, proxy._parent, operation, args):
-            _assign(proxy, _as_node(recording, value, _current(proxy)))
+            node = _as_node(recording, value, _current(proxy))
+            _bind_anew(proxy)
+            _assign(proxy, node)
         return
     before = _current(proxy)
     node = _as_node(recording, value, before)
@@ -1129,6 +1145,96 @@ def assign(recording: Recording, proxy: Proxy, value: Any) -> None:
         node = recording.graph.select(node, before, recording.invoke)  # type: ignore[attr-defined]
     _write(recording, place, node)
     recording.current[place] = proxy._kind(recording, node, place)
+
+
+# Parts of a container, which can be replaced by others; all other views show memory of a tensor.
+_PARTS = frozenset({ELEMENT, FIRST_ARGUMENT, FIELD, GETITEM})
+
+
+def _is_container_part(proxy: Proxy) -> bool:
+    view = proxy._view
+    if (
+        view is None
+        or view[0] not in _PARTS
+        or (view[0] is FIELD and view[1][0] in TENSOR_PROPERTIES)
+    ):
+        return False
+    return view[0] is not GETITEM or type(view[1][0]) in (int, str)
+
+
+def _path(proxy: Proxy) -> tuple[Any, ...]:
+    """The way from the value at a place to a part of it."""
+    keys: list[Any] = []
+    while proxy._parent is not None:
+        if proxy._view is not None:
+            operation, args, _ = proxy._view
+            keys[:0] = (0, 0) if operation is FIRST_ARGUMENT else args[:1]
+        proxy = proxy._parent
+    return tuple(keys)
+
+
+def _root_of(proxy: Proxy) -> Proxy:
+    while proxy._parent is not None:
+        proxy = proxy._parent
+    return proxy
+
+
+def _let_go(
+    owner: Proxy, path: tuple[Any, ...], fresh: Proxy | None = None, of_tensors: bool = False
+) -> None:
+    """A part of a container is about to be replaced: the handles on it keep what it is now.
+
+    Args:
+        owner: a handle on the container, or on what it is in.
+        path: the way to the part.
+        fresh: the handle by which it is replaced, which goes with it.
+        of_tensors: it may be a row of a tensor, which is written in place.
+    """
+    root = _root_of(owner)
+    known = owner._recording.parts.get(id(root))
+    if not known:
+        return
+    hidden = isinstance(root, BlockOutput) and path == (0,)
+
+    def is_meant(view: Proxy) -> bool:
+        if view is fresh or view._parent is None or _root_of(view) is not root:
+            return False
+        if hidden and view._parent is root and not _is_container_part(view):
+            return view._view is not None  # `output[:, -1]`: a view of the hidden states
+        return _is_container_part(view) and _path(view) == path
+
+    alive = [view for one in known if (view := one()) is not None]
+    meant = [view for view in alive if is_meant(view)]
+    if not meant or (of_tensors and _is_tensor(owner)):
+        return
+    nodes = [_current(view) for view in meant]
+    parts = [i for i, view in enumerate(meant) if _is_container_part(view)]
+    at = nodes[parts[0]] if parts else root._node
+    part = Handle(owner._recording, at)
+    for view, node in zip(meant, nodes, strict=True):
+        view._node, view._parent, view._seen = node, part, at
+        if _is_container_part(view):
+            view._view = None
+
+
+def _bind_anew(proxy: Proxy) -> None:
+    """What is at the place of `proxy` is about to be assigned: older handles keep what it is now."""
+    chain = [proxy]
+    while chain[-1]._parent is not None:
+        chain.append(chain[-1]._parent)
+    if any(one._view is not None and one._view[0].computed for one in chain):
+        return
+    chain.reverse()
+    root, top = chain[0], 0
+    while top + 1 < len(chain) and _is_container_part(chain[top + 1]):
+        top += 1
+    if top:
+        _let_go(root, _path(chain[top]), chain[top])
+        return
+    place, recording = root._place, root._recording
+    if place is not None and recording.current.get(place) is root:
+        again = recording.current[place] = root._kind(recording, root._node, place)
+        chain[1]._parent = again
 
 
 def node_of(recording: Recording, value: Any) -> Node:
@@ -1215,7 +1321,10 @@ def _record(
     if recording.early is not None:
         recording.early()
     if effect is VIEW and isinstance(first, Proxy) and first._recording is recording:
-        return Handle(recording, node, None, first, (operation, lowered[1:], options), lowered[0])
+        view = Handle(recording, node, None, first, (operation, lowered[1:], options), lowered[0])
+        if isinstance(first, BlockOutput) or _is_container_part(view):
+            recording.parts.setdefault(id(_root_of(first)), []).append(ref(view))
+        return view
     return Handle(recording, node)
 
 

@@ -81,6 +81,7 @@ class Recording:
         decided: the condition of the branch that has just ended, and how many nodes there were.
         lasting: it is an edit: what it records is for prompts that come later.
         lent: tensors from outside whose memory is watched, by id.
+        parts: handles on parts of containers, by id of the handle on the value at the place.
         parameters: weights that names have used, by invoke and path.
         looped: there was such a loop, whose own proxies have no single value.
         no_values: why no value can be had here; None where it can.
@@ -109,6 +110,7 @@ class Recording:
         "no_values",
         "oracle",
         "parameters",
+        "parts",
         "reaches",
         "retained",
         "saved",
@@ -128,6 +130,7 @@ class Recording:
         self.retained: list[Any] = []
         self.containers: list[Any] = []
         self.parameters: dict[tuple[int, str], Any] = {}
+        self.parts: dict[int, Any] = {}
         self.lent: dict[int, Captured] = {}
         self.serial = next(_serials)
         self.oracle: Oracle | None = oracle
@@ -152,6 +155,7 @@ class Recording:
         self.current.clear()
         self.parameters.clear()
         self.lent.clear()
+        self.parts.clear()
         for handle in self.saved:
             handle._end()
         self.saved.clear()

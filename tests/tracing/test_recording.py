@@ -200,3 +200,95 @@ def test_positions_of_tokens_in_a_loop(gpt2: LanguageModel, ids: torch.Tensor) -
         return found.value
 
     torch.testing.assert_close(run(True), run(False))
+
+
+# ---------------------------------------------------------------- assigning binds a new value
+
+ASSIGNED: dict[str, tuple[Callable[[Any], Any], Callable[[Any, Any], None]]] = {
+    "output[0]": (lambda b: b.output[0], lambda b, v: b.output.__setitem__(0, v)),
+    "output": (lambda b: b.output, lambda b, v: setattr(b, "output", v)),
+    "input": (lambda b: b.input, lambda b, v: setattr(b, "input", v)),
+    "inputs[0][0]": (lambda b: b.inputs[0][0], lambda b, v: setattr(b, "input", v)),
+    "attn.output[0]": (
+        lambda b: b.attn.output[0],
+        lambda b, v: b.attn.output.__setitem__(0, v),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ASSIGNED)
+@pytest.mark.parametrize("branch", [False, True])
+def test_assigning_binds_a_new_value(
+    gpt2: LanguageModel, ids: torch.Tensor, name: str, branch: bool
+) -> None:
+    read, write = ASSIGNED[name]
+    model: Any = gpt2
+    block = model.transformer.h[1]
+    with model.trace(ids):
+        plain = read(block).save()
+    with model.trace(ids) as tracer:
+        old, same = read(block), read(block)
+        if branch:
+            with tracer.cond(old.sum() > -1e9):
+                write(block, old * 2)
+        else:
+            write(block, old * 2)
+        before, after = old.save(), read(block).save()
+        old += 7  # reaches the other handle on it, and not the model
+        shared, untouched = (same - old).abs().max().save(), read(block).save()
+    torch.testing.assert_close(before.value, plain.value)
+    torch.testing.assert_close(after.value, plain.value * 2)
+    torch.testing.assert_close(untouched.value, plain.value * 2)
+    assert float(shared) == 0
+
+
+def test_older_views_see_writes_in_place(gpt2: LanguageModel, ids: torch.Tensor) -> None:
+    model: Any = gpt2
+    block = model.transformer.h[1]
+    with model.trace(ids):
+        rows, row = block.mlp.output, block.mlp.output[0]
+        rows[0] = 0  # a row of a tensor
+        hidden, part = block.output[0], block.output[0][:, -1]
+        block.output[0][:] = 1
+        container = block.attn.output
+        container[0] = container[0] * 0
+        seen = [one.save() for one in (row, hidden, part, container[0], block.attn.output[0])]
+    for one, value in zip(seen, (0, 1, 1, 0, 0), strict=True):
+        assert float(one.value.min()) == float(one.value.max()) == value
+
+
+@pytest.mark.parametrize("name", ["resid_post", "z", "q", "mlp_out", "attn_out"])
+def test_assigning_a_unified_name_binds_a_new_value(
+    gpt2: LanguageModel, ids: torch.Tensor, name: str
+) -> None:
+    model: Any = gpt2
+    layer = model.layers[1]
+    with model.trace(ids):
+        plain = getattr(layer, name).save()
+    with model.trace(ids):
+        old = getattr(layer, name)
+        setattr(layer, name, old * 2)
+        before, after = old.save(), getattr(layer, name).save()
+        changed = model.logits.save()
+    torch.testing.assert_close(before.value, plain.value)
+    torch.testing.assert_close(after.value, plain.value * 2)
+    with model.trace(ids):
+        getattr(layer, name)[:] *= 2
+        in_place = model.logits.save()
+    torch.testing.assert_close(changed.value, in_place.value)
+
+
+def test_a_slice_of_the_hidden_states_stays_when_they_are_assigned(
+    gpt2: LanguageModel, ids: torch.Tensor
+) -> None:
+    block = gpt2.transformer.h[1]
+    with gpt2.trace(ids):
+        plain = block.output[0][:, -1].save()
+    with gpt2.trace(ids):
+        last, hidden = block.output[:, -1], block.output[0]
+        block.output[0] = hidden * 2
+        before = last.save()
+        hidden += 1
+        shifted = last.save()
+    torch.testing.assert_close(before.value, plain.value)
+    torch.testing.assert_close(shifted.value, plain.value + 1)
