@@ -200,7 +200,9 @@ class Envoy:
 
     @property
     def calls(self) -> Calls:
-        """The calls of a module that runs several times in one forward: `.calls[1].output`."""
+        """The calls of a module that runs several times in one forward: `.calls[1].output` is its
+        second. Where a module does, `.output` alone says too little, and is refused by the run. A
+        module object that stands at several paths has at each the call by that path."""
         return Calls(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -424,7 +426,27 @@ class Calls:
         if not isinstance(call, int) or call < 0:
             raise OperationError("calls are counted from 0; how many there will be is not known")
         envoy = self._envoy
-        return Envoy(envoy._root, envoy._path, envoy._kind, call)
+        kind = Envoy if call else FirstCallEnvoy
+        return kind(envoy._root, envoy._path, envoy._kind, call)
+
+
+class FirstCallEnvoy(Envoy):
+    """`module.calls[0]`: the same place as `module`, by one who knows that there are further calls.
+
+    What says so in the graph is that it names the second call, too; nothing waits for that.
+    """
+
+    __slots__ = ()
+
+    def _read(self, point: HookPoint, kind: type[Proxy]) -> Proxy:
+        found = super()._read(point, kind)
+        super()._read(point._replace(call=1), kind)
+        return found
+
+    def skip(self, value: Any) -> None:
+        """As of any module, for the first call alone."""
+        super().skip(value)
+        super()._read(self._output._replace(call=1), self._kind)
 
 
 class AliasEnvoy:

@@ -90,12 +90,9 @@ class Part:
             ScheduleError: it belongs to no prompt.
         """
         cell = self.cells[node.index]
-        if not cell.full:
-            raise next(
-                box.error
-                for keep, box in self.graph.saves
-                if keep.args[1] is cell and box.error is not None
-            )
+        for keep, box in self.graph.saves:
+            if keep.args[1] is cell and box.error is not None:
+                raise box.error
         if isinstance(cell.value, Opaque):
             raise ScheduleError.shared(node.describe(), node.location, cell.value.reason)
         return cell.value

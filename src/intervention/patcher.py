@@ -15,6 +15,7 @@ from .plan import Pass
 from .prefix import Prefix
 from .run import Run, Site
 from .source import forward_name, is_inner, put_back, tapped_forward
+from .twins import Twins
 
 
 def at_path(module: torch.nn.Module, path: str) -> torch.nn.Module:
@@ -34,7 +35,7 @@ class Patcher:
     Only the modules that the pass names are touched, at 2 to 5 µs each.
     """
 
-    __slots__ = ("_arrive", "_handles", "_pass", "_prefix", "_replaced", "_root", "_run")
+    __slots__ = ("_arrive", "_handles", "_pass", "_prefix", "_replaced", "_root", "_run", "_twins")
 
     def __init__(
         self, root: torch.nn.Module, run: Run, one: Pass | None = None, prefix: Prefix | None = None
@@ -46,8 +47,11 @@ class Patcher:
         self._prefix = prefix
         self._handles: list[RemovableHandle] = []
         self._replaced: list[tuple[torch.nn.Module, str, Any]] = []
+        self._twins = Twins(root)
 
     def __enter__(self) -> None:
+        twins = self._twins
+        twins.__enter__()
         try:
             others = [site for site in self._run.sites if site.port not in _HOOKED]
             if others:
@@ -55,11 +59,11 @@ class Patcher:
             for site in self._run.sites:
                 if site.port == "output":
                     module = at_path(self._root, site.path)
-                    hook = _output_hook(self._run, site, self._arrive)
+                    hook = twins.hook(site.path, _output_hook(self._run, site, self._arrive))
                     self._handles.append(module.register_forward_hook(hook))
                 elif site.port == "inputs":
                     module = at_path(self._root, site.path)
-                    hook = _inputs_hook(self._run, site, self._arrive)
+                    hook = twins.hook(site.path, _inputs_hook(self._run, site, self._arrive))
                     self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             if self._prefix is not None and self._pass is not None:
                 for block in self._pass.keep:
@@ -67,6 +71,7 @@ class Patcher:
                     hook = _keep_hook(self._run, self._prefix, self._pass, block)
                     # Before hooks of the module's owner: they run again where variants start.
                     self._handles.append(module.register_forward_hook(hook, prepend=True))
+            twins.seal()
         except BaseException:
             self._remove()
             raise
@@ -87,14 +92,19 @@ class Patcher:
         for site in sites:
             if is_inner(site.port):
                 inner.setdefault(site.path, {})[site.port] = _tap(run, site, self._arrive)
+        # All are made of the forwards as they are: one object may stand at several paths.
+        tapped = []
         for path, ports in inner.items():
             module = at_path(self._root, path)
-            forward = tapped_forward(module, path, ports, run.listens)
-            self._replace(module, forward_name(module), forward)
+            tapped.append((path, module, tapped_forward(module, path, ports, run.listens)))
+        for path, module, forward in tapped:
+            name = forward_name(module)
+            self._replace(module, name, self._twins.forward(path, forward, getattr(module, name)))
         for site in sites:
             if site.port == "skip":
-                module = at_path(self._root, site.path)
-                self._replace(module, "forward", _skipping(run, site, module.forward))
+                module, path = at_path(self._root, site.path), site.path
+                forward = _skipping(run, site, module.forward)
+                self._replace(module, "forward", self._twins.forward(path, forward, module.forward))
 
     def _replace(self, module: torch.nn.Module, name: str, forward: Callable[..., Any]) -> None:
         """Give this instance another forward until the pass is over."""
@@ -113,6 +123,7 @@ class Patcher:
             put_back(self._replaced)
             for handle in self._handles:
                 handle.remove()
+            self._twins.__exit__(None, None, None)
 
 
 # Arrivals of another thread's forward, or of a module applied by hand, are not the run's.

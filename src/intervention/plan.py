@@ -124,6 +124,11 @@ class Pass:
         """True if something is wanted of a port of that kind: "skip", "source"."""
         return any(port in point.port.split(".") for point in self.arrivals)
 
+    def paths_of_first_calls(self) -> set[str]:
+        """The modules of which something is wanted by one who knows of no second call."""
+        known = {point.path for point in self.arrivals if point.call}
+        return {point.path for point in self.arrivals} - known
+
     def halves(self) -> list[Pass]:
         """This pass as two, with half of its batch each; none if its invokes need each other."""
         count = len(self.invokes)

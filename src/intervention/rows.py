@@ -15,6 +15,8 @@ import torch
 from ..tracing.structure import ATOMS, children, rebuild
 
 FIXED, BATCH, TOKEN, BATCH_TOKEN, UNKNOWN = "fixed", "batch", "token", "batch·token", "unknown"
+#: The tokens of the decoder where an encoder reads the prompt: prompts of a batch have equally many.
+TARGET, BATCH_TARGET = "target", "batch·target"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -22,21 +24,27 @@ class Axis:
     """What one axis of a tensor counts.
 
     Attributes:
-        role: FIXED, BATCH, TOKEN, BATCH_TOKEN (both flattened into one) or UNKNOWN.
+        role: FIXED, BATCH, TOKEN, BATCH_TOKEN (both flattened into one), the same with TARGET, or
+            UNKNOWN.
         factor: how many entries for each unit; for FIXED, the size.
     """
 
     role: str
     factor: int
 
-    def size(self, batch: int, tokens: int) -> int:
-        """Entries on this axis for a batch of `batch` rows of `tokens` tokens."""
+    def size(self, batch: int, tokens: int, targets: int = 1) -> int:
+        """Entries on this axis for a batch of `batch` rows of `tokens` tokens, and `targets` of the
+        decoder's own."""
         if self.role == BATCH:
             return self.factor * batch
         if self.role == TOKEN:
             return self.factor * tokens
         if self.role == BATCH_TOKEN:
             return self.factor * batch * tokens
+        if self.role == TARGET:
+            return self.factor * targets
+        if self.role == BATCH_TARGET:
+            return self.factor * batch * targets
         return self.factor
 
 
@@ -49,7 +57,7 @@ class TensorAxes:
 
     @property
     def has_batch(self) -> bool:
-        return any(axis.role in (BATCH, BATCH_TOKEN) for axis in self.axes)
+        return any(axis.role in (BATCH, BATCH_TOKEN, BATCH_TARGET) for axis in self.axes)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -99,12 +107,13 @@ def region(
             tensor = tensor.narrow(dimension, place.start * k, place.count * k)
         elif axis.role == TOKEN and axis.factor == 1:
             tensor = place.own(tensor, dimension, min(place.tokens, tensor.shape[dimension]))
-        elif axis.role == BATCH_TOKEN:
+        elif axis.role in (BATCH_TOKEN, BATCH_TARGET):
             width = tensor.shape[dimension] // rows
             tensor = tensor.unflatten(dimension, (rows, width))  # type: ignore[no-untyped-call]
             tensor = tensor.narrow(dimension, place.start * each, place.count * each)
             dimension += 1
-            tensor = place.own(tensor, dimension, min(place.tokens * axis.factor, width))
+            if axis.role == BATCH_TOKEN:
+                tensor = place.own(tensor, dimension, min(place.tokens * axis.factor, width))
         dimension += 1
     return tensor
 
@@ -129,7 +138,7 @@ def narrow(value: Any, axes: Any, place: Place, rows: int, each: int) -> Any:
         part = region(value, axes, place, rows, each)
         if part.ndim != value.ndim:
             for dimension, axis in enumerate(axes.axes):
-                if axis.role == BATCH_TOKEN:
+                if axis.role in (BATCH_TOKEN, BATCH_TARGET):
                     part = part.flatten(dimension, dimension + 1)
         # A row range of a padded batch has gaps; alone it would not, and `view` would work.
         if value.is_contiguous() and not part.is_contiguous():

@@ -47,6 +47,7 @@ from .plan import Arrival, Pass, Plan
 from .rows import Change, Misfit, Opaque, Place, fit, narrow, put
 from .schedule import Schedule
 from .skip import as_result, blank, fills_cache, is_skip, without_blanks
+from .source import is_inner
 
 # None outside of `torch.func.vmap`, `grad` and the like, whose tensors stand for others.
 _transform_level = torch._C._functorch.maybe_current_level
@@ -181,6 +182,10 @@ class Run:
         self._gradients: dict[int, dict[int, Gradient]] = {}
         self._backward: int | None = None  # the one that runs
         self._postponed: list[int] = []  # backwards that became ready inside another one
+        self._numbered: set[str] | None = None  # paths whose calls the block tells apart
+        self._ambiguous: set[int] = (
+            set()
+        )  # reads of modules with several calls that do not say which
         self._stops = {node.index for node in graph.stops}
         self.stopped: dict[int, tuple[int, Node]] = {}
         self.reached: dict[int, int] = {}
@@ -329,6 +334,8 @@ class Run:
             site.step, site.call = step, 0
         arrival = site.wanted.get((step, site.call))
         if arrival is None:
+            if site.call == 1:
+                self._called_again(site)
             return None
         if _transform_level() is not None:
             raise BlockError.transformed(str(arrival.hook_point))
@@ -340,6 +347,26 @@ class Run:
             result = self._take_parts(arrival, value)
         self.arrived()
         return result
+
+    def _called_again(self, site: Site) -> None:
+        """A module is called a second time in a forward, and a value at its first call may be wanted by
+        one who does not know that.
+
+        Raises:
+            StepError: it was written.
+        """
+        first = site.wanted.get((site.step, 0))
+        # In a backward, a checkpoint calls it again for the same values.
+        if first is None or is_inner(site.port) or self._backward is not None:
+            return
+        if self._numbered is None:
+            points = (n.target for n in self.graph.nodes if n.kind == READ or n.kind == WRITE)
+            self._numbered = {p.path for p in points if type(p) is HookPoint and p.call}
+        if site.path in self._numbered:
+            return
+        for node in first.writes:
+            raise StepError.several_calls(node.describe(), site.path, node.location)
+        self._ambiguous.update(node.index for node in first.reads)
 
     def skip(self, site: Site, compute: Callable[[], Any], inputs: Any) -> Any:
         """The result of a module that invokes skip: what they give, and its own for other rows.
@@ -356,6 +383,8 @@ class Run:
         site.step = self.step
         arrival = site.wanted.get((site.step, site.call))
         if arrival is None:
+            if site.call == 1:
+                self._called_again(site)
             return compute()
         stand_in = self._stand_in(arrival, inputs)
         before = compute() if stand_in is None else stand_in
@@ -873,8 +902,11 @@ class Run:
         """Say for each saved value that was never reached why, and refuse writes without effect.
 
         Raises:
-            StepError: something was written to a module that the forward never called.
+            StepError: something was written to a module that the forward never called, or that is
+                computed from a module's output where it was called several times.
         """
+        if self._ambiguous:
+            self._refuse_ambiguous()
         for index, boxes in self._boxes.items():
             for box in boxes:
                 if not box.full and box.error is None:
@@ -892,6 +924,23 @@ class Run:
             if node.target.step == 0 and node.target.port != "result":
                 read = self._missing(node) or node
                 raise StepError.never_ran(read.describe(), read.location, self._reason(read))
+
+    def _refuse_ambiguous(self) -> None:
+        """Take back what came of reads that do not say which of several calls they mean."""
+        origin = {index: self.graph.nodes[index] for index in self._ambiguous}
+        written = {node.index for node in self.graph.writes.values()}
+        for node in self.graph.nodes:
+            if node.index not in origin:
+                read = next((origin[a.index] for a in arguments(node) if a.index in origin), None)
+                if read is None:
+                    continue
+                origin[node.index] = read
+            read = origin[node.index]
+            error = StepError.several_calls(read.describe(), read.target.path, read.location)
+            if node.index in written:
+                raise error
+            for box in self._boxes.get(node.index, ()):
+                box.value, box.full, box.error = None, False, error
 
     def close(self) -> None:
         """Break the cycles and let go of what is left, also after a failed run: nothing may wait for

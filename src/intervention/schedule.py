@@ -20,17 +20,22 @@ from ..tracing.node import HookPoint
 from ..tracing.structure import ATOMS, children, leaves, rebuild
 from .rows import (
     BATCH,
+    BATCH_TARGET,
     BATCH_TOKEN,
     FIXED,
+    TARGET,
     TOKEN,
     UNKNOWN,
     Axis,
     TensorAxes,
 )
 from .source import forward_name, put_back, tapped_forward
+from .twins import Twins
 
 #: (batch, tokens) of the two trial forwards.
 SIZES = ((2, 13), (3, 17))
+#: By the tokens of a trial, those of a decoder that has its own.
+TARGETS = {13: 11, 17: 19}
 
 Key = tuple[str, str, int]
 
@@ -104,7 +109,8 @@ def measure(
             _arrivals(module, make_inputs, *size, inner, callees) for size in SIZES
         )
         first = trial[0]
-        inside = tuple(f"{path}." for path, child in module.named_modules() if sorts(child))
+        every = module.named_modules(remove_duplicate=False)
+        inside = tuple(f"{path}." for path, child in every if sorts(child))
     except GraftworkError:
         raise
     except Exception as error:
@@ -142,7 +148,7 @@ def _is_hidden(axes: Any) -> bool:
         roles[:1] == [BATCH]
         and axes.axes[0].factor == 1
         and set(roles[2:]) <= {FIXED}
-        and roles[1:2] in ([], [FIXED], [TOKEN])
+        and roles[1:2] in ([], [FIXED], [TOKEN], [TARGET])
     )
 
 
@@ -247,6 +253,8 @@ def find_chain(module: torch.nn.Module, events: list[_Event], uses: list[_Use]) 
     for path, parent in module.named_modules():
         if not isinstance(parent, torch.nn.ModuleList) or len(parent) < 2:
             continue
+        if len({id(block) for block in parent}) < len(parent):
+            continue  # what replaces the forward of one would replace that of another
         paths = tuple(f"{path}.{name}" for name in parent._modules)
         if len(paths) > len(best) and _is_chain(paths, at, uses):
             best = paths
@@ -383,19 +391,25 @@ def _arrivals(
     replaced: list[tuple[torch.nn.Module, str, Any]] = []
     handles = []
     modes = [(child, child.training) for child in module.modules()]
+    twins = Twins(module)
+    twins.__enter__()
     try:
-        # A module at two paths is the same place under two names.
         for path, child in module.named_modules(remove_duplicate=False):
-            handles.append(child.register_forward_pre_hook(before(path), with_kwargs=True))
-            handles.append(child.register_forward_hook(after(path)))
+            begins, ends = twins.hook(path, before(path)), twins.hook(path, after(path))
+            handles.append(child.register_forward_pre_hook(begins, with_kwargs=True))
+            handles.append(child.register_forward_hook(ends))
+        twins.seal()
+        tapped = []
         for path, own in prefixes.items():
             child = module.get_submodule(path)
             wants = counted(path) if any(p.startswith("functions") for p in own) else None
             names = sorted(p for p in own if "." in p)
             forward = tapped_forward(child, path, ports(path, names), lambda: True, wants)
+            tapped.append((path, child, forward))
+        for path, child, forward in tapped:
             name = forward_name(child)
             replaced.append((child, name, child.__dict__.get(name)))
-            setattr(child, name, forward)
+            setattr(child, name, twins.forward(path, forward, getattr(child, name)))
         module.eval()
         with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
             args, kwargs = make_inputs(batch, tokens)
@@ -405,6 +419,7 @@ def _arrivals(
         put_back(replaced)
         for handle in handles:
             handle.remove()
+        twins.__exit__(None, None, None)
         for child, training in modes:
             child.training = training
     return events, ledger.uses
@@ -450,10 +465,13 @@ def _axis(a: int, b: int) -> Axis:
     if a == b:
         return Axis(FIXED, a)
     (batch_a, tokens_a), (batch_b, tokens_b) = SIZES
+    targets_a, targets_b = TARGETS[tokens_a], TARGETS[tokens_b]
     for role, unit_a, unit_b in (
         (BATCH, batch_a, batch_b),
         (TOKEN, tokens_a, tokens_b),
         (BATCH_TOKEN, batch_a * tokens_a, batch_b * tokens_b),
+        (TARGET, targets_a, targets_b),
+        (BATCH_TARGET, batch_a * targets_a, batch_b * targets_b),
     ):
         if a % unit_a == 0 and a // unit_a * unit_b == b:
             return Axis(role, a // unit_a)

@@ -21,7 +21,17 @@ from ..tracing.interpreter import Interpreter
 from ..tracing.node import CALL, READ, Captured, GradPoint, HookPoint, Later, Node
 from ..tracing.operations import AGAIN, ELEMENT, GETITEM, ITEM, PUT, SETITEM, TAKE
 from ..tracing.structure import map_leaves
-from .rows import BATCH, BATCH_TOKEN, TOKEN, UNKNOWN, Opaque, TensorAxes, map_axes
+from .rows import (
+    BATCH,
+    BATCH_TARGET,
+    BATCH_TOKEN,
+    TARGET,
+    TOKEN,
+    UNKNOWN,
+    Opaque,
+    TensorAxes,
+    map_axes,
+)
 from .schedule import SIZES, Schedule
 from .tensors import Tensors
 
@@ -56,6 +66,9 @@ class Structure(Protocol):
 
     def planned_device(self) -> torch.device: ...
 
+    def refresh(self) -> None:
+        """Forget what was learned of the model, if it has changed since."""
+
     @property
     def pads_right(self) -> bool:
         """True if the shorter rows of a batch are padded on the right."""
@@ -71,6 +84,9 @@ class Structure(Protocol):
 
     def return_options(self, tracer: Tracer) -> Hashable:
         """Options of the block that change what modules return."""
+
+    def targets(self, tracer: Tracer, prompt: Any) -> int | None:
+        """How many tokens a decoder sees in the first forward; None where the prompt has no others."""
 
     def keeps_cache(self, tracer: Tracer) -> bool:
         """False if every forward of the generation sees all tokens so far."""
@@ -113,6 +129,7 @@ class Shapes:
     def value(self, node: Node) -> Any:
         """A fake value of `node`. Raises ScheduleError if the model cannot be run fake."""
         if self._fakes is None:
+            self._structure.refresh()
             self._fakes = Fakes(self._structure, self._size, self._schedule)
         return self._fakes.value(node)
 
@@ -163,9 +180,21 @@ class Shapes:
     def _schedule(self, node: Node) -> Schedule:
         return self._structure.schedule(next(iter(self._prompts(node)), None), self._tracer)
 
+    def _targets(self, prompts: list[Prompt], step: int) -> int | None:
+        """Tokens of a decoder in the forward of a step; None where it has none of its own."""
+        first = self._structure.targets(self._tracer, next(iter(prompts), None))
+        if first is None or not step:
+            return first
+        return 1 if self._structure.keeps_cache(self._tracer) else first + step
+
     def _spans(self, node: Node, step: int) -> tuple[list[tuple[int, int]], int]:
         """Where the tokens of each row that the invoke of `node` sees lie, and the width of a row."""
         prompts, each = self._prompts(node), self._each(node)
+        targets = self._targets(prompts, step)
+        if targets is not None:
+            if self._counts_targets(node):
+                return [(0, targets)] * sum(len(p.spans) * each for p in prompts), targets
+            step = 0  # an encoder reads the prompt once
         if step and self._structure.keeps_cache(self._tracer):
             return [(0, 1)] * sum(len(p.spans) * each for p in prompts), 1
         width = max((p.width for p in prompts), default=0)
@@ -194,10 +223,25 @@ class Shapes:
         origin = _origin(node)
         return self._structure.rows_each(self._tracer, origin.path if origin is not None else "")
 
-    def _size(self, node: Node) -> tuple[int, int]:
+    def _counts_targets(self, node: Node) -> bool:
+        """True if a value comes from a place whose first axis of tokens is the decoder's."""
+        point = _origin(node)
+        if point is None or not isinstance(point, HookPoint):
+            return False
+        roles: list[str] = []
+        map_axes(
+            lambda axes: roles.extend(a.role for a in axes.axes), self._schedule(node).axes(point)
+        )
+        return next((role for role in roles if role in (TOKEN, TARGET)), TOKEN) == TARGET
+
+    def _size(self, node: Node) -> tuple[int, int, int]:
         hook_point: HookPoint = node.target
+        prompts = self._prompts(node)
+        targets = self._targets(prompts, hook_point.step)
         spans, tokens = self._spans(node, hook_point.step)
-        return len(spans), tokens
+        if targets is None:
+            return len(spans), tokens, tokens
+        return len(spans), max((p.width for p in prompts), default=0), targets
 
     def token_axis(self, node: Node) -> int:
         """Which axis of the value of `node` counts tokens.
@@ -236,10 +280,14 @@ class Shapes:
         axes, several = self._measured(node), len(self.spans(node)[0]) > 1
         if isinstance(axes, TensorAxes):
             roles = [axis.role for axis in axes.axes]
-            tokens = tuple(i for i, a in enumerate(axes.axes) if a.role == TOKEN and a.factor == 1)
+            counted = next((role for role in roles if role in (TOKEN, TARGET)), TOKEN)
+            tokens = tuple(
+                i for i, a in enumerate(axes.axes) if a.role == counted and a.factor == 1
+            )
             rows = roles.index(BATCH) if BATCH in roles else None
-            if not tokens and BATCH_TOKEN in roles:
-                return Layout((roles.index(BATCH_TOKEN),), None, several)
+            flat = next((i for i, r in enumerate(roles) if r in (BATCH_TOKEN, BATCH_TARGET)), None)
+            if not tokens and flat is not None:
+                return Layout((flat,), None, several)
             if tokens:
                 return Layout(tokens, rows)
         if self._trials is None:
@@ -308,8 +356,8 @@ class Shapes:
     def _sized(self, batch: int | None, tokens: int) -> Fakes:
         """Fake values for other prompts."""
 
-        def size(node: Node) -> tuple[int, int]:
-            return self._size(node)[0] if batch is None else batch, tokens
+        def size(node: Node) -> tuple[int, int, int]:
+            return self._size(node)[0] if batch is None else batch, tokens, tokens
 
         return Fakes(self._structure, size, self._schedule)
 
@@ -546,7 +594,7 @@ class Fakes:
     def __init__(
         self,
         structure: Structure,
-        size: Callable[[Node], tuple[int, int]],
+        size: Callable[[Node], tuple[int, int, int]],
         schedule: Callable[[Node], Schedule],
     ) -> None:
         self._structure = structure
@@ -606,12 +654,12 @@ class Fakes:
             raise ScheduleError.no_schedule(
                 f"The shape of `{hook_point}`", "this place was not reached in it"
             )
-        batch, tokens = self._size(node)
+        batch, tokens, targets = self._size(node)
 
         def make(tensor: TensorAxes) -> Any:
             if any(axis.role == UNKNOWN for axis in tensor.axes):
                 return Opaque("its axes are neither batch nor token nor fixed")
-            sizes = [axis.size(batch, tokens) for axis in tensor.axes]
+            sizes = [axis.size(batch, tokens, targets) for axis in tensor.axes]
             return torch.empty(sizes, dtype=tensor.dtype, device="meta")
 
         with self._mode:

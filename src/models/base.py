@@ -40,6 +40,7 @@ from ..intervention import (
     same_draws,
     warn_of_padding,
 )
+from ..intervention.fingerprint import fingerprint
 from ..intervention.rows import bytes_each
 from ..intervention.source import InnerOperation
 from ..policies import HookConfig, Hooks
@@ -194,6 +195,8 @@ class Model(Envoy):
         self.tensor_places: dict[Hashable, bool] = {}
         self._schedules: dict[Any, Schedule | ScheduleError] = {}
         self._measured: dict[frozenset[tuple[str, str]], frozenset[tuple[str, str]]] = {}
+        self._changes = self._held.changes
+        self._seen: tuple[int, str] | None = None
         assert self._module is not None
         self._lock = turn_of(self._module)
 
@@ -289,8 +292,24 @@ class Model(Envoy):
         """The module tree on the meta device."""
         if self._skeleton is None:
             assert self._module is not None
+            self._held.fingerprint = fingerprint(self._module)
             self._skeleton = meta_copy(self._module)
         return self._skeleton
+
+    def refresh(self) -> None:
+        """Forget what was learned of the module's structure, if the user has changed it since."""
+        held = self._held
+        if held.module is not None and held.fingerprint is not None:
+            found = fingerprint(held.module)
+            if found != held.fingerprint:
+                held.fingerprint, held.skeleton = found, None
+                held.changes += 1
+        if self._changes != held.changes:
+            self._forget()
+
+    def _forget(self) -> None:
+        self._changes = self._held.changes
+        self._envoys, self._schedules, self._measured, self._vocabularies = {}, {}, {}, {}
 
     def submodule(self, path: str) -> torch.nn.Module:
         module = self._module if self._module is not None else self.skeleton()
@@ -506,6 +525,9 @@ class Model(Envoy):
     def pads_right(self) -> bool:
         return False
 
+    def targets(self, tracer: Tracer, prompt: Any) -> int | None:
+        return None
+
     def keeps_cache(self, tracer: Tracer) -> bool:
         return True
 
@@ -532,6 +554,11 @@ class Model(Envoy):
             ScheduleError: the model cannot be run on fake tensors.
         """
         with self._lock:
+            recording = None if tracer is None else tracer.recording
+            seen = None if recording is None else (recording.serial, recording.state)
+            if seen is None or seen != self._seen:  # once while a block is written and once it runs
+                self.refresh()
+                self._seen = seen
             options = self._trial_options(tracer) if tracer is not None else {}
             kind = self._kind_of(prompt) + (repr(options) if options else "")
             if tracer is not None:
@@ -569,7 +596,11 @@ class Model(Envoy):
         tree = self.module_tree()
         for path, port in asked - every:
             kind = type(at_path(tree, path))
-            every.update((p, port) for p, child in tree.named_modules() if type(child) is kind)
+            every.update(
+                (p, port)
+                for p, child in tree.named_modules(remove_duplicate=False)
+                if type(child) is kind
+            )
         found = self._measured[inner] = frozenset(every)
         return found
 
@@ -867,7 +898,7 @@ class Model(Envoy):
         # Containers such as ModuleList have no forward, so nothing arrives there.
         known = [
             name
-            for name, child in self.module_tree().named_modules()
+            for name, child in self.module_tree().named_modules(remove_duplicate=False)
             if name and type(child).forward is not torch.nn.Module.forward
         ]
         if modules is None:

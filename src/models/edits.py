@@ -40,12 +40,16 @@ class Held:
         module: the model itself; None until it is loaded.
         skeleton: its tree on the meta device; None until it is needed.
         attached: the modules that were attached, by path.
+        fingerprint: of the module that the skeleton stands for; None until there are both.
+        changes: how often the module was found to be another than that.
     """
 
     def __init__(self) -> None:
         self.module: torch.nn.Module | None = None
         self.skeleton: torch.nn.Module | None = None
         self.attached: dict[str, torch.nn.Module] = {}
+        self.fingerprint: int | None = None
+        self.changes = 0
 
     def find(self, path: str) -> torch.nn.Module | None:
         """The attached module at a path, or the module inside an attached one."""

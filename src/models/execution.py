@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from ..intervention import Pass, Patcher, Plan, Prefix, Run, Schedule, Settings, Stop, at_path
+from ..intervention.repeats import may_repeat
 from ..tracing.context import Tracer
 from ..tracing.errors import InputError, near
 from .changing import Changing
@@ -180,6 +181,10 @@ class Execution:
         # What a forward changes among its arguments would be left half-way.
         may_stop = self._plan.settings.stop and not self._changing
         may_stop = may_stop and entry.may_stop(tracer, self._module)
+        # A value of a module that is called again is refused; so the second call has to come.
+        may_stop = may_stop and not any(
+            may_repeat(self._module, path) for path in one.paths_of_first_calls()
+        )
         extents = {i: (len(p.lengths), p.width) for i, p in prompts.items()}
         whole = any(invoker.prompt is None for invoker in tracer.invokes)
         run.begin(one, extents, lambda: self._schedule(one), may_stop, whole)

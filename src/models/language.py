@@ -13,6 +13,8 @@ import torch
 from ..envoy import Alias
 from ..envoy.attached import open_recording
 from ..intervention import Pass, Run, own_draws
+from ..intervention.fingerprint import fingerprint
+from ..intervention.schedule import TARGETS
 from ..tracing.context import Invoker, Tracer
 from ..tracing.errors import BlockError, InputError, LoadError, near
 from ..tracing.frames import entry
@@ -37,7 +39,7 @@ from .generation import (
 )
 from .loading import Checkpoint, placement, takes_images
 from .locks import turn_of
-from .prompts import PER_TOKEN, Reader, TextPrompt, batch
+from .prompts import DECODED, PER_TOKEN, Reader, TextPrompt, batch
 
 logger = logging.getLogger("graftwork")
 
@@ -142,6 +144,7 @@ class LanguageModel(Model):
             pad=self.config.pad_token_id if self._padding == IDS else None,
             pads=self._pads,
             right=pads_right(self.config),
+            decodes=self.config.is_encoder_decoder,
         )
         self._keeps_logits = accepts(forward, "logits_to_keep")
         self._takes_cache = accepts(forward, "use_cache")
@@ -166,6 +169,7 @@ class LanguageModel(Model):
             if self._module is None:
                 assert self._checkpoint is not None
                 self._module = self._checkpoint.load()
+                self._held.fingerprint = fingerprint(self._module)
                 turn_of(self._module, self._lock)
             return self._module
 
@@ -237,6 +241,11 @@ class LanguageModel(Model):
     def pads_right(self) -> bool:
         return self._reader.right
 
+    def _forget(self) -> None:
+        super()._forget()
+        self._head = self._causal = self._encoder = None
+        self._reader.limit = self._context()
+
     def _kind_of(self, prompt: Any) -> str:
         return ""
 
@@ -255,7 +264,8 @@ class LanguageModel(Model):
         if self._takes_positions:
             inputs["position_ids"] = whole()
         if self.config.is_encoder_decoder:
-            inputs["decoder_input_ids"] = whole()
+            size = (batch, TARGETS.get(tokens, tokens))
+            inputs["decoder_input_ids"] = torch.zeros(size, dtype=torch.long, device="meta")
         return (), {**inputs, **options}
 
     def gives_tensor(self, tracer: Tracer) -> bool:
@@ -288,6 +298,16 @@ class LanguageModel(Model):
     def _unlike_trial(self, tracer: Tracer) -> frozenset[str]:
         # Of a prompt, a generation unembeds the last token alone.
         return frozenset({"", self.unembedding_path() or ""} if tracer.generates else ())
+
+    def targets(self, tracer: Tracer, prompt: Any) -> int | None:
+        if not self.config.is_encoder_decoder:
+            return None
+        for given in (getattr(prompt, "other", {}), tracer.kwargs):
+            for name in DECODED:
+                if isinstance(given.get(name), torch.Tensor):
+                    return int(given[name].shape[-1 if name != "decoder_inputs_embeds" else -2])
+        # Else a generation begins with one token, and a forward with the prompt's own, shifted.
+        return 1 if tracer.generates else prompt.width if prompt is not None else None
 
     def keeps_cache(self, tracer: Tracer) -> bool:
         return self._options(tracer).get("use_cache") is not False
@@ -408,6 +428,8 @@ class LanguageModel(Model):
         settings_of(settings)
         now = kwargs.pop("trace", True) is False
         inputs = {key: kwargs.pop(key) for key in PER_TOKEN if key in kwargs}
+        if args or inputs:  # what a decoder is given belongs to the prompt
+            inputs.update({key: kwargs.pop(key) for key in DECODED if key in kwargs})
         if kwargs and not generates:
             self._check_keywords(kwargs)
         tracer = Tracer(
@@ -451,6 +473,7 @@ class LanguageModel(Model):
         return self.prepare(([0] * min(self._reader.limit or 997, 997),), {})
 
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TextPrompt:
+        self._reader.vocabulary = self._vocabulary()  # it may have been resized
         return self._reader.read(args, kwargs)
 
     def run_block(self, tracer: Tracer) -> Any:
@@ -558,10 +581,17 @@ class LanguageModel(Model):
         return self._head
 
     def _shape_class(self, prompt: Any) -> Any:
-        other = {k: id(v) if isinstance(v, torch.Tensor) else v for k, v in prompt.other.items()}
+        def kind(name: str, value: Any) -> Any:
+            if not isinstance(value, torch.Tensor):
+                return value
+            # Of other tensors nobody knows which rows they are for.
+            return tuple(value.shape[1:]) if name in DECODED else (id(value), id(prompt))
+
+        other = {name: kind(name, value) for name, value in prompt.other.items()}
         kinds = (*sorted(prompt.inputs), repr(other))
         # Without ids there is nothing to count positions from but the places in the batch.
-        if "labels" in prompt.inputs or changed_in(prompt.other):
+        labelled = "labels" in prompt.inputs or "labels" in prompt.other
+        if labelled or changed_in(prompt.other):
             # A loss is the mean over all prompts of a batch; a cache has the rows of its prompt.
             return kinds, id(prompt)
         counted = self._padding == IDS and "inputs_embeds" in prompt.inputs

@@ -23,6 +23,13 @@ PER_TOKEN = {
     "labels": -100,
     "inputs_embeds": 0,
 }
+#: Inputs of a decoder beside the prompt, which its encoder reads: one row for each of the prompt's.
+DECODED = (
+    "decoder_input_ids",
+    "decoder_inputs_embeds",
+    "labels",
+    "decoder_attention_mask",
+)
 
 
 class TextPrompt:
@@ -84,6 +91,7 @@ class Reader:
         vocabulary: number of token ids.
         pads: asked whether rows of different lengths may share a forward of this model.
         right: their padding is on the right.
+        decodes: a decoder has tokens of its own, and labels are theirs.
     """
 
     def __init__(
@@ -95,6 +103,7 @@ class Reader:
         pad: int | None = None,
         pads: Callable[[], bool] = lambda: True,
         right: bool = False,
+        decodes: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self.limit = limit
@@ -102,6 +111,7 @@ class Reader:
         self.name = name
         self.pads = pads
         self.right = right
+        self.decodes = decodes
         self._known_pad = pad
 
     @property
@@ -128,9 +138,11 @@ class Reader:
             args = (list(args),)
         if args:
             inputs.update(self._main(args[0]))
-        tokens = {k: v for k, v in kwargs.items() if k in PER_TOKEN}
-        other = {k: v for k, v in kwargs.items() if k not in PER_TOKEN}
-        other.update({k: inputs.pop(k) for k in list(inputs) if k not in PER_TOKEN})
+        own = [k for k in PER_TOKEN if not (self.decodes and k == "labels")]
+        tokens = {k: v for k, v in kwargs.items() if k in own}
+        other = {k: v for k, v in kwargs.items() if k not in own}
+        other.update({k: inputs.pop(k) for k in list(inputs) if k not in own})
+        other.update({k: _rows(k, other[k]) for k in DECODED if other.get(k) is not None})
         for name, value in tokens.items():
             if name in inputs and name != "attention_mask":
                 raise InputError(f"`{name}` was given twice.")
@@ -149,6 +161,12 @@ class Reader:
                 raise InputError(
                     f"`{name}` has shape {list(value.shape)}, the prompt has "
                     f"{main.shape[0]} rows of {main.shape[1]} tokens."
+                )
+        for name in DECODED:
+            value = other.get(name)
+            if value is not None and value.shape[0] != main.shape[0]:
+                raise InputError(
+                    f"`{name}` has {value.shape[0]} rows, the prompt has {main.shape[0]}."
                 )
         self._check(inputs)
         return TextPrompt(inputs, other)
@@ -290,7 +308,7 @@ def _rows(name: str, value: Any) -> torch.Tensor:
         raise InputError(
             f"`{name}` is a tensor or a list of numbers, not {type(value).__name__} {value!r:.60}."
         ) from None
-    if name == "inputs_embeds":
+    if name.endswith("inputs_embeds"):
         tensor = tensor if tensor.ndim == 3 else tensor.unsqueeze(0)
     elif tensor.ndim == 1:
         tensor = tensor.unsqueeze(0)
@@ -345,9 +363,15 @@ def batch(
                 f"{sorted(prompt.inputs)}. Give all of them the same."
             )
         for key, value in prompt.other.items():
+            if key in DECODED and isinstance(value, torch.Tensor):
+                continue
             if key in result and result[key] is not value and result[key] != value:
                 raise InputError(f"`{key}` differs between the prompts of one block.")
             result[key] = value.to(device) if isinstance(value, torch.Tensor) else value
+    for name in DECODED:
+        parts = [p.other[name] for p in prompts if isinstance(p.other.get(name), torch.Tensor)]
+        if parts:
+            result[name] = torch.cat(parts).to(device)
     for name in prompts[0].inputs:
         fill = fill_id if name == "input_ids" else PER_TOKEN[name]
         if len(prompts) == 1:

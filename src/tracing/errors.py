@@ -587,6 +587,14 @@ class StepError(GraftworkError):
         return cls.at(location, f"{what} has no value: {reason}.")
 
     @classmethod
+    def several_calls(cls, what: str, path: str, location: Location) -> StepError:
+        return cls(
+            f"{what} does not say which value: `{path}` is called several times in one forward. Write "
+            f"`.calls[0].{what.strip('`').rpartition('.')[2]}` for the first call, `.calls[1]` for the "
+            f"second. Recorded at {location}"
+        )
+
+    @classmethod
     def untaken(cls, what: str, location: Location) -> StepError:
         error = cls.at(location, f"{what} has no value: it belongs to a branch that was not taken.")
         error.ended = True

@@ -126,7 +126,7 @@ def test_the_order_is_that_of_the_forward() -> None:
     assert orders == sorted(orders)
 
 
-def test_calls_of_one_module_and_its_two_names() -> None:
+def test_each_name_of_one_module_is_the_call_by_that_name() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -137,11 +137,9 @@ def test_calls_of_one_module_and_its_two_names() -> None:
             return self.b(self.a(x))
 
     schedule = measure(Twice(), vectors)
-    for path in ("a", "b"):
-        first = schedule.find(HookPoint(path, "output"))
-        second = schedule.find(HookPoint(path, "output", call=1))
-        assert first is not None and second is not None and first.order < second.order
-        assert schedule.find(HookPoint(path, "output", call=2)) is None
+    first, second = (schedule.find(HookPoint(path, "output")) for path in ("a", "b"))
+    assert first is not None and second is not None and first.order < second.order
+    assert schedule.find(HookPoint("b", "output", call=1)) is None
 
 
 def test_a_module_that_is_not_called_is_not_in_it() -> None:

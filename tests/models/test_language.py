@@ -1148,10 +1148,10 @@ def test_a_shared_module_does_not_shift_the_steps(tools: Any) -> None:
         for prompt in prompts:
             with generator.invoke(prompt) as invoker:
                 mlp = model.transformer.h[0].mlp
-                steps = [(mlp.output.save(), mlp.calls[1].output.save())]
-                invoker.next(2)
                 again = model.transformer.h[2].mlp
-                steps.append((again.output.save(), again.calls[1].output.save()))
+                steps = [(mlp.output.save(), again.output.save())]
+                invoker.next(2)
+                steps.append((mlp.output.save(), again.output.save()))
             saved.append(steps)
     for prompt, steps in zip(prompts, saved, strict=True):
         values = outputs_of(module, "transformer.h.0.mlp", prompt, max_new_tokens=3)
