@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from ..tracing.errors import LoadError
 from .plan import Pass
 from .prefix import Prefix
 from .run import Run, Site
@@ -24,6 +25,13 @@ def at_path(module: torch.nn.Module, path: str) -> torch.nn.Module:
         for name in path.split("."):
             module = module._modules[name]  # type: ignore[assignment]
     return module
+
+
+def _refuse_compiled(module: torch.nn.Module, path: str) -> None:
+    if module.__dict__.get("_compiled_call_impl") is not None:
+        raise LoadError.compiled_in_place(path)
+    if "_orig_mod" in module._modules:
+        raise LoadError.compiled(f"`{path}` is compiled by torch.compile")
 
 
 _HOOKED = ("output", "inputs")
@@ -58,16 +66,16 @@ class Patcher:
                 self._replace_forwards(others)
             for site in self._run.sites:
                 if site.port == "output":
-                    module = at_path(self._root, site.path)
+                    module = self._at(site.path)
                     hook = twins.hook(site.path, _output_hook(self._run, site, self._arrive))
                     self._handles.append(module.register_forward_hook(hook))
                 elif site.port == "inputs":
-                    module = at_path(self._root, site.path)
+                    module = self._at(site.path)
                     hook = twins.hook(site.path, _inputs_hook(self._run, site, self._arrive))
                     self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             if self._prefix is not None and self._pass is not None:
                 for block in self._pass.keep:
-                    module = at_path(self._root, self._prefix.path(block))
+                    module = self._at(self._prefix.path(block))
                     hook = _keep_hook(self._run, self._prefix, self._pass, block)
                     # Before hooks of the module's owner: they run again where variants start.
                     self._handles.append(module.register_forward_hook(hook, prepend=True))
@@ -95,16 +103,30 @@ class Patcher:
         # All are made of the forwards as they are: one object may stand at several paths.
         tapped = []
         for path, ports in inner.items():
-            module = at_path(self._root, path)
+            module = self._at(path)
             tapped.append((path, module, tapped_forward(module, path, ports, run.listens)))
         for path, module, forward in tapped:
             name = forward_name(module)
             self._replace(module, name, self._twins.forward(path, forward, getattr(module, name)))
         for site in sites:
             if site.port == "skip":
-                module, path = at_path(self._root, site.path), site.path
+                module, path = self._at(site.path), site.path
                 forward = _skipping(run, site, module.forward)
                 self._replace(module, "forward", self._twins.forward(path, forward, module.forward))
+
+    def _at(self, path: str) -> torch.nn.Module:
+        """The module at a path.
+
+        Raises:
+            LoadError: it, or what it is in, was compiled since it was wrapped: no hook would run.
+        """
+        module, here = self._root, ""
+        _refuse_compiled(module, here)
+        for name in path.split(".") if path else ():
+            module = module._modules[name]  # type: ignore[assignment]
+            here = f"{here}.{name}" if here else name
+            _refuse_compiled(module, here)
+        return module
 
     def _replace(self, module: torch.nn.Module, name: str, forward: Callable[..., Any]) -> None:
         """Give this instance another forward until the pass is over."""

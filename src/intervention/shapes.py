@@ -14,7 +14,14 @@ import torch
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
 from ..tracing.context import Tracer, columns_of
-from ..tracing.errors import BlockError, InputError, NotRunError, OperationError, ScheduleError
+from ..tracing.errors import (
+    BlockError,
+    InputError,
+    NotRunError,
+    OperationError,
+    ScheduleError,
+    UnreachedError,
+)
 from ..tracing.frames import entry
 from ..tracing.graph import arguments
 from ..tracing.interpreter import Interpreter
@@ -651,9 +658,7 @@ class Fakes:
             return self.value(hook_point.node)
         axes = self._schedule(node).axes(hook_point)
         if axes is None:
-            raise ScheduleError.no_schedule(
-                f"The shape of `{hook_point}`", "this place was not reached in it"
-            )
+            raise UnreachedError.place(str(hook_point))
         batch, tokens, targets = self._size(node)
 
         def make(tensor: TensorAxes) -> Any:

@@ -235,7 +235,10 @@ class LanguageModel(Model):
         return skeleton
 
     def _pads(self) -> bool:
-        return pads(self.config, self.module_tree())
+        module: Any = self.module_tree()
+        # PEFT puts tokens of its own before the rows, and drops the positions that padding needs.
+        learned = getattr(getattr(module, "active_peft_config", None), "is_prompt_learning", False)
+        return not learned and pads(self.config, module)
 
     @property
     def pads_right(self) -> bool:

@@ -11,7 +11,13 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from ..intervention import Plan, Shapes, warn_of_padding
 from ..intervention.rows import Misfit, Opaque, fit
 from ..tracing.context import Tracer
-from ..tracing.errors import NotRunError, ScheduleError, ShapeError
+from ..tracing.errors import (
+    GraftworkError,
+    NotRunError,
+    ScheduleError,
+    ShapeError,
+    UnreachedError,
+)
 from ..tracing.graph import Graph, arguments
 from ..tracing.node import READ, WRITE, Node
 from ..tracing.structure import leaves, map_leaves
@@ -72,7 +78,7 @@ class Scan:
         self._model.plan_block(tracer)
         graph, shapes = tracer.graph, self._model.oracle(tracer)
         warn_of_padding(tracer, shapes)
-        unknown: dict[int, NotRunError] = {}
+        unknown: dict[int, GraftworkError] = {}
         result = None
         for node, value, reason in check(graph, shapes):
             if reason is not None:
@@ -91,13 +97,13 @@ class Scan:
         return result
 
 
-def check(graph: Graph, shapes: Shapes) -> Iterator[tuple[Node, Any, NotRunError | None]]:
+def check(graph: Graph, shapes: Shapes) -> Iterator[tuple[Node, Any, GraftworkError | None]]:
     """Every node with its value without numbers, or with the reason why there is none.
 
     Raises:
         ShapeError: a written value does not fit.
     """
-    unknown: dict[int, NotRunError] = {}
+    unknown: dict[int, GraftworkError] = {}
     for node in graph.nodes:
         reason = next((unknown[a.index] for a in arguments(node) if a.index in unknown), None)
         value = None
@@ -107,6 +113,8 @@ def check(graph: Graph, shapes: Shapes) -> Iterator[tuple[Node, Any, NotRunError
             except (NotRunError, DataDependentOutputException):
                 # What the numbers decide is left to the run.
                 reason = NotRunError.on_demand("scan", node.describe(), node.location)
+            except UnreachedError as error:
+                reason = error
         if reason is not None:
             unknown[node.index] = reason
         elif node.kind == WRITE and node.target.port in ("inputs", "output"):

@@ -624,6 +624,17 @@ class ScheduleError(GraftworkError):
         )
 
 
+class UnreachedError(ScheduleError, StepError):
+    """A place that the trial run of a model never reached."""
+
+    @classmethod
+    def place(cls, place: str) -> UnreachedError:
+        return cls(
+            f"The shape of `{place}` is not known before the run: the trial run without weights, which "
+            "is fed tokens alone, never reached this place. Save the value, and ask after the block."
+        )
+
+
 class SourceError(GraftworkError, AttributeError):
     """An operation inside a forward that cannot be reached."""
 
@@ -670,7 +681,16 @@ class LoadError(GraftworkError):
     def compiled(cls, what: str) -> LoadError:
         return cls(
             f"this module cannot be looked into: {what}, and what runs then is no longer its modules. "
-            "Give the module as it was before it was compiled (`compiled._orig_mod`)."
+            "Give the module as it was before it was compiled: `compiled._orig_mod`, or, for one that "
+            "was compiled in place, `module._compiled_call_impl = None`."
+        )
+
+    @classmethod
+    def compiled_in_place(cls, path: str) -> LoadError:
+        what = f"`{path}`" if path else "the model"
+        return cls(
+            f"{what} was compiled in place (`.compile()`), and what runs then is no longer its "
+            "modules. Take that back for blocks: `module._compiled_call_impl = None`."
         )
 
 

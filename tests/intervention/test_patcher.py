@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 import graftwork
-from graftwork import Model
+from graftwork import LanguageModel, Model
 from graftwork.intervention.patcher import at_path
+from graftwork.tracing.errors import LoadError
 
 
 @pytest.fixture
@@ -98,3 +100,21 @@ def test_the_users_own_hooks_stay_and_come_first(module: Any) -> None:
 def test_a_module_at_a_path(module: nn.Module) -> None:
     assert at_path(module, "") is module
     assert at_path(module, "1.1") is module.get_submodule("1.1")
+
+
+# torch warns of its own use of TorchScript, which it deprecates, when it compiles.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("path", ["", "transformer.h.1"])
+def test_a_model_that_was_compiled_in_place_is_refused_where_a_block_runs(path: str) -> None:
+    config = transformers.GPT2Config(vocab_size=9, n_positions=8, n_embd=8, n_layer=2, n_head=2)
+    module = transformers.GPT2LMHeadModel(config).eval()
+    model: Any = LanguageModel(module)
+    compiled = module.get_submodule(path)
+    compiled.compile()
+    with pytest.raises(LoadError, match=r"compiled in place.*module\._compiled_call_impl = None"):
+        with model.trace([1, 2, 3]):
+            model.transformer.h[1].output.save()
+    compiled._compiled_call_impl = None  # as the message says
+    with model.trace([1, 2, 3]):
+        value = model.transformer.h[1].output.save()
+    assert value.value is not None

@@ -8,6 +8,7 @@ from torch import nn
 
 import graftwork
 from graftwork import GraftworkError, LanguageModel, Model
+from graftwork.tracing.errors import UnreachedError
 
 PROMPT = "The Eiffel Tower is in the city of"
 
@@ -94,3 +95,19 @@ def test_a_plain_module_does_not_run() -> None:
         handle = module[0].register_forward_hook(lambda *_: ran.append(1))
     handle.remove()
     assert h.value.is_meta and h.shape == (2, 6) and not ran
+
+
+def test_a_scan_with_a_cache_has_the_shapes_of_what_the_forward_reaches() -> None:
+    class Spare(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.spare = torch.nn.Linear(4, 5), torch.nn.Linear(4, 6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.used(x)
+
+    with Model(Spare()).scan(torch.randn(2, 4)) as tracer:
+        cache = tracer.cache()
+    assert cache.keys() == ["used"] and cache["used"].output.shape == (2, 5)
+    with pytest.raises(UnreachedError, match="never reached this place"):
+        _ = cache["spare"].output

@@ -266,6 +266,29 @@ def test_a_pattern_has_the_type_of_the_models_own_softmax(name: str, tools: Any)
         torch.testing.assert_close(logits.value, expected, rtol=1e-12, atol=1e-12)
 
 
+# PEFT asks transformers for what it will drop, and says what it ignores.
+@pytest.mark.filterwarnings("ignore")
+def test_prompts_behind_a_learned_prefix_do_not_feel_each_other(tools: Any) -> None:
+    from peft import PrefixTuningConfig, get_peft_model
+
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    module: Any = get_peft_model(copy.deepcopy(tools.module("llama")), config).eval()
+    model: Any = LanguageModel(module)
+    prompts, saved = tools.prompts(5, 2), []
+    with model.trace() as tracer:
+        for prompt in prompts:
+            with tracer.invoke(prompt):
+                saved.append(model.output.logits.save())
+    for prompt, logits in zip(prompts, saved, strict=True):
+        with torch.no_grad():
+            expected = module(
+                input_ids=prompt[None], attention_mask=torch.ones_like(prompt[None])
+            ).logits
+        assert tools.difference(logits.value, expected) is None
+    with pytest.raises(InputError, match="would need padding"):
+        model.trace([prompt.tolist() for prompt in prompts])
+
+
 def plain_generation(module: Any, prompt: torch.Tensor, **options: Any) -> torch.Tensor:
     mask = torch.ones_like(prompt[None])
     return module.generate(prompt[None], attention_mask=mask, do_sample=False, **options)
