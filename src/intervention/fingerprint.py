@@ -42,7 +42,7 @@ def fingerprint(root: torch.nn.Module) -> int:
                 parts += (name, value)
             elif isinstance(value, (list, tuple, dict, set)):
                 parts += (name, repr(value))
-            elif hasattr(value, "__dict__") and id(value) not in configs:
+            elif type(value).__name__.endswith("Config") and id(value) not in configs:
                 configs[id(value)] = value  # of a part, such as the text model
                 waiting.append(value)
     return hash(tuple(parts))
