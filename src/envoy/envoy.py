@@ -438,7 +438,7 @@ class FirstCallEnvoy(Envoy):
 
     __slots__ = ()
 
-    def _read(self, point: HookPoint, kind: type[Proxy]) -> Proxy:
+    def _read(self, point: HookPoint, kind: type[Handle]) -> Proxy:
         found = super()._read(point, kind)
         super()._read(point._replace(call=1), kind)
         return found

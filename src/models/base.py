@@ -310,6 +310,7 @@ class Model(Envoy):
     def _forget(self) -> None:
         self._changes = self._held.changes
         self._envoys, self._schedules, self._measured, self._vocabularies = {}, {}, {}, {}
+        self.tensor_places = {}
 
     def submodule(self, path: str) -> torch.nn.Module:
         module = self._module if self._module is not None else self.skeleton()
