@@ -8,7 +8,6 @@ generation where transformers computes less than the whole.
 
 from __future__ import annotations
 
-import logging
 import re
 
 import torch
@@ -27,8 +26,6 @@ _OF_SHAPES = re.compile(
     r"|reduction dim|too many indices|numel",
     re.IGNORECASE,
 )
-
-_noise = logging.getLogger("torch._subclasses.fake_tensor")
 
 
 class ShapeCheck:
@@ -54,14 +51,7 @@ class ShapeCheck:
         Raises:
             Exception: torch's own, with the user's line and the shapes that were found.
         """
-        nodes, before = self._graph.nodes, _noise.disabled
-        _noise.disabled = True  # it logs what it raises
-        try:
-            self._go_on(nodes, live)
-        finally:
-            _noise.disabled = before
-
-    def _go_on(self, nodes: list[Node], live: bytearray | None) -> None:
+        nodes = self._graph.nodes
         while self._next < len(nodes):
             node = nodes[self._next]
             self._next += 1

@@ -7,6 +7,7 @@ says their structure. Nothing here needs weights.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Hashable
 from typing import Any, Protocol
 
@@ -592,6 +593,13 @@ def _origin(node: Node) -> HookPoint | None:
     return None if source is None else source.target
 
 
+_noise = logging.getLogger("torch._subclasses.fake_tensor")
+
+
+def _nothing(_: logging.LogRecord) -> bool:
+    return False
+
+
 class Fakes:
     """Values of the nodes of one block without numbers: right structures, shapes and dtypes.
 
@@ -643,11 +651,14 @@ class Fakes:
             self._call,
             self._structure.meta_parameter,
         )
+        _noise.addFilter(_nothing)  # torch logs what it raises here, with its own frames
         try:
             with torch.no_grad(), self._mode:
                 return interpreter.evaluate(node)
         except DynamicOutputShapeException:
             raise NotRunError.on_demand("shape", node.describe(), node.location) from None
+        finally:
+            _noise.removeFilter(_nothing)
 
     def _call(self, path: str, *args: Any, **kwargs: Any) -> Any:
         return self._structure.meta_module(path).forward(*args, **kwargs)
