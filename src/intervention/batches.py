@@ -366,12 +366,15 @@ def arrange(
         formed = form(levels({i: group[i] for i in rest}, needed, lambda edge: True))
     passes = [_base(batch, plan) for batch in _base_batches(plan, facts, limit)]
     for _, batch in formed:
-        depth = depths(batch, group, needed)
-        batch.sort(key=lambda i: (start_of(i), depth.get(i, 0), min(group[i]), i))
+        if together or facts.generates:
+            batch.sort()  # somebody sees its rows, in the order of the prompts
+        else:
+            depth = depths(batch, group, needed)
+            batch.sort(key=lambda i: (start_of(i), depth.get(i, 0), min(group[i]), i))
         first = min(cut.get(invoke, 0) for invoke in batch)
         alike = len({facts.extent(invoke)[1] for invoke in batch}) == 1
         starts = {invoke: plan.start[invoke] for invoke in batch if invoke in plan.start}
-        seams = seams_of(batch, group, needed)
+        seams = [] if together else seams_of(batch, group, needed)
         passes.append(Pass(batch, starts=starts, cut=first if alike else 0, seams=seams))
     if any(one.cut for one in passes):
         # Their keys and values are wanted of all blocks.

@@ -435,3 +435,32 @@ def test_logits_of_all_positions_in_an_edited_view(module: Any, model: Any) -> N
     with torch.no_grad():
         expected = 2 * module(torch.tensor([LONG])).logits[:, 0]
     torch.testing.assert_close(found.value, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_rows_stand_in_the_order_of_the_prompts_where_one_uses_another(
+    module: Any, model: Any
+) -> None:
+    """Batches are ordered by what waits for what; what the user sees of a whole batch is not."""
+    prompts = [LONG, SHORT, [7, 7, 31]]
+    with model.generate(max_new_tokens=1, pad_token_id=0) as generator:
+        with generator.invoke(prompts[0]):
+            used = model.transformer.h[0].output[0].mean()
+        with generator.invoke(prompts[1]):
+            model.transformer.h[1].output[0][:, -1, 0] += used * 0
+        with generator.invoke(prompts[2]):
+            pass
+    with model.trace() as tracer:
+        with tracer.invoke(prompts[0]):
+            used = model.transformer.h[0].output[0].mean()
+        with tracer.invoke(prompts[1]):
+            model.transformer.h[1].output[0][:, -1, 0] += used * 0
+        with tracer.invoke(prompts[2]):
+            pass
+        with tracer.invoke():
+            logits = model.lm_head.output[:, -1].save()
+    for row, ids in enumerate(prompts):
+        wanted = plain(module, ids, max_new_tokens=1)[0]
+        assert generator.output[row, -len(wanted) :].tolist() == wanted
+        with torch.no_grad():
+            alone = module(torch.tensor([ids])).logits[0, -1]
+        torch.testing.assert_close(logits[row], alone, atol=1e-4, rtol=1e-4)
