@@ -67,4 +67,7 @@ def _calls(node: ast.AST, own: str, in_loop: bool) -> Iterator[tuple[str, bool, 
         ):
             yield function.attr, item, in_loop
     for child in ast.iter_child_nodes(node):
-        yield from _calls(child, own, in_loop or isinstance(node, _LOOPS))
+        for found in _calls(child, own, in_loop or isinstance(node, _LOOPS)):
+            # One of several ways is no second call: GPT-2 embeds token types where they are given.
+            if found[2] or not isinstance(node, ast.If):
+                yield found

@@ -138,6 +138,7 @@ def test_forwards_that_call_each_block_once_are_left_early() -> None:
         transformers.GPT2Config(vocab_size=9, n_positions=8, n_embd=8, n_layer=2, n_head=2)
     )
     assert not may_repeat(gpt2, "transformer.h.1.mlp.act")
+    assert not may_repeat(gpt2, "transformer.wte")
     assert may_repeat(Twice(), "act") and not may_repeat(Twice(), "first")
     config = transformers.T5Config(
         vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2
