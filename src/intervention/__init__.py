@@ -10,6 +10,7 @@ from .demand import (
     resume,
     same_draws,
 )
+from .interrupts import add_hook, remove_hooks, unharmed
 from .padding import warn_of_padding
 from .patcher import Patcher, at_path
 from .plan import Facts, Pass, Plan, Settings
@@ -38,6 +39,7 @@ __all__ = [
     "Shapes",
     "Stop",
     "Structure",
+    "add_hook",
     "at_path",
     "forward_name",
     "gradients_as_asked",
@@ -47,7 +49,9 @@ __all__ = [
     "no_grad",
     "own_draws",
     "plan",
+    "remove_hooks",
     "resume",
     "same_draws",
+    "unharmed",
     "warn_of_padding",
 ]

@@ -12,6 +12,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from ..tracing.errors import LoadError
+from .interrupts import add_hook, remove_hooks
 from .plan import Pass
 from .prefix import Prefix
 from .run import Run, Site
@@ -56,11 +57,12 @@ class Patcher:
         self._handles: list[RemovableHandle] = []
         self._replaced: list[tuple[torch.nn.Module, str, Any]] = []
         self._twins = Twins(root)
+        run.undo.append(self._remove)
 
     def __enter__(self) -> None:
         twins = self._twins
-        twins.__enter__()
         try:
+            twins.__enter__()
             others = [site for site in self._run.sites if site.port not in _HOOKED]
             if others:
                 self._replace_forwards(others)
@@ -68,17 +70,17 @@ class Patcher:
                 if site.port == "output":
                     module = self._at(site.path)
                     hook = twins.hook(site.path, _output_hook(self._run, site, self._arrive))
-                    self._handles.append(module.register_forward_hook(hook))
+                    add_hook(self._handles, module, hook)
                 elif site.port == "inputs":
                     module = self._at(site.path)
                     hook = twins.hook(site.path, _inputs_hook(self._run, site, self._arrive))
-                    self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+                    add_hook(self._handles, module, hook, inputs=True)
             if self._prefix is not None and self._pass is not None:
                 for block in self._pass.keep:
                     module = self._at(self._prefix.path(block))
                     hook = _keep_hook(self._run, self._prefix, self._pass, block)
                     # Before hooks of the module's owner: they run again where variants start.
-                    self._handles.append(module.register_forward_hook(hook, prepend=True))
+                    add_hook(self._handles, module, hook, first=True)
             twins.seal()
         except BaseException:
             self._remove()
@@ -135,17 +137,9 @@ class Patcher:
         setattr(module, name, forward)
 
     def _remove(self) -> None:
-        # A second Ctrl-C may arrive between two removals: what it left is removed by the next call.
-        try:
-            put_back(self._replaced)
-            while self._handles:
-                self._handles[-1].remove()
-                self._handles.pop()
-        finally:
-            put_back(self._replaced)
-            for handle in self._handles:
-                handle.remove()
-            self._twins.__exit__(None, None, None)
+        put_back(self._replaced)
+        remove_hooks(self._handles)
+        self._twins.__exit__(None, None, None)
 
 
 # Arrivals of another thread's forward, or of a module applied by hand, are not the run's.

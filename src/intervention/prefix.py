@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from .plan import Pass, Plan, Resume
 from .rows import BATCH, Place, TensorAxes, map_axes, matching, narrow
 from .run import Front, Run
 from .schedule import Schedule
+from .source import put_back
 
 
 class Prefix:
@@ -119,7 +121,8 @@ class Prefix:
         if one.cut:
             width = max(width for _, width in run.extents.values())
             run.front = Front(one.cut, width)
-        replaced: list[tuple[torch.nn.Module, Any]] = []
+        replaced: list[tuple[torch.nn.Module, str, Any]] = []
+        run.undo.append(partial(put_back, replaced))
         try:
             for block in range(last):
                 joining = [i for i in one.invokes if one.starts.get(i, 0) == block + 1]
@@ -128,15 +131,11 @@ class Prefix:
                     run.front.hidden[point] = self._front(one, block, run)
                 module = at_path(root, self._chain[block])
                 # accelerate keeps a forward of its own on the instance.
-                replaced.append((module, module.__dict__.get("forward")))
+                replaced.append((module, "forward", module.__dict__.get("forward")))
                 module.forward = self._forward(one, run, block, joining, module.forward)
             yield
         finally:
-            for module, before in replaced:
-                if before is None:
-                    del module.forward
-                else:
-                    module.forward = before
+            put_back(replaced)
 
     def _forward(
         self, one: Pass, run: Run, block: int, joining: list[int], original: Callable[..., Any]

@@ -119,6 +119,8 @@ class Run:
         values: by node index; None before a value is there and after its last use.
         step: which forward of the root is running, from 0.
         sites: the ports to hook in the current pass.
+        undo: what takes back what the current pass has changed on the model; again where it was
+            interrupted.
         suspended: a module is applied by hand now, so its arrivals are not the forward's.
         generates: the forwards are those of a generation.
         pads_right: shorter rows of a batch begin where it begins, and not end where it ends.
@@ -142,6 +144,7 @@ class Run:
         self.plan = plan
         self.values: list[Any] = [None] * count
         self.sites: list[Site] = []
+        self.undo: list[Callable[[], None]] = []
         self.step = 0
         self.suspended = False
         self.places: dict[int, Place] | None = None

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
 
 from ..tracing.errors import GraftworkError, ScheduleError
 from ..tracing.node import HookPoint
 from ..tracing.structure import ATOMS, children, leaves, rebuild
+from .interrupts import add_hook, remove_hooks, unharmed, uninterrupted
 from .rows import (
     BATCH,
     BATCH_TARGET,
@@ -105,9 +107,11 @@ def measure(
     """
     try:
         callees: dict[tuple[str, str], Any] = {}
-        trial, (second, _) = (
-            _arrivals(module, make_inputs, *size, inner, callees) for size in SIZES
-        )
+
+        def trials() -> list[Any]:
+            return [_arrivals(module, make_inputs, *size, inner, callees) for size in SIZES]
+
+        trial, (second, _) = uninterrupted(trials)
         first = trial[0]
         every = module.named_modules(remove_duplicate=False)
         inside = tuple(f"{path}." for path, child in every if sorts(child))
@@ -389,15 +393,16 @@ def _arrivals(
     for path, port in inner:
         prefixes.setdefault(path, set()).add(port.rpartition(".")[0])
     replaced: list[tuple[torch.nn.Module, str, Any]] = []
-    handles = []
+    handles: list[RemovableHandle] = []
     modes = [(child, child.training) for child in module.modules()]
     twins = Twins(module)
-    twins.__enter__()
-    try:
+
+    def run() -> None:
+        twins.__enter__()
         for path, child in module.named_modules(remove_duplicate=False):
             begins, ends = twins.hook(path, before(path)), twins.hook(path, after(path))
-            handles.append(child.register_forward_pre_hook(begins, with_kwargs=True))
-            handles.append(child.register_forward_hook(ends))
+            add_hook(handles, child, begins, inputs=True)
+            add_hook(handles, child, ends)
         twins.seal()
         tapped = []
         for path, own in prefixes.items():
@@ -415,13 +420,15 @@ def _arrivals(
             args, kwargs = make_inputs(batch, tokens)
             with ledger:
                 module(*args, **kwargs)
-    finally:
+
+    def undo() -> None:
         put_back(replaced)
-        for handle in handles:
-            handle.remove()
+        remove_hooks(handles)
         twins.__exit__(None, None, None)
         for child, training in modes:
             child.training = training
+
+    unharmed(run, undo)
     return events, ledger.uses
 
 

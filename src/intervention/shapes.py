@@ -29,6 +29,7 @@ from ..tracing.interpreter import Interpreter
 from ..tracing.node import CALL, READ, Captured, GradPoint, HookPoint, Later, Node
 from ..tracing.operations import AGAIN, ELEMENT, GETITEM, ITEM, PUT, SETITEM, TAKE
 from ..tracing.structure import map_leaves
+from .interrupts import uninterrupted
 from .rows import (
     BATCH,
     BATCH_TARGET,
@@ -620,6 +621,11 @@ class Fakes:
         # numbers.
         self._owners: dict[int, Node] = {}
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._interpreter = _MetaInterpreter(
+            self._values,  # type: ignore[arg-type]
+            self._call,
+            structure.meta_parameter,
+        )
 
     def _has(self, node: Node) -> bool:
         return self._owners.get(node.index) is node
@@ -646,15 +652,13 @@ class Fakes:
         return self._values[node.index]
 
     def _evaluate(self, node: Node) -> Any:
-        interpreter = _MetaInterpreter(
-            self._values,  # type: ignore[arg-type]
-            self._call,
-            self._structure.meta_parameter,
-        )
+        def evaluate() -> Any:
+            with torch.no_grad(), self._mode:
+                return self._interpreter.evaluate(node)
+
         _noise.addFilter(_nothing)  # torch logs what it raises here, with its own frames
         try:
-            with torch.no_grad(), self._mode:
-                return interpreter.evaluate(node)
+            return uninterrupted(evaluate)
         except DynamicOutputShapeException:
             raise NotRunError.on_demand("shape", node.describe(), node.location) from None
         finally:
@@ -678,8 +682,11 @@ class Fakes:
             sizes = [axis.size(batch, tokens, targets) for axis in tensor.axes]
             return torch.empty(sizes, dtype=tensor.dtype, device="meta")
 
-        with self._mode:
-            return map_axes(make, axes)
+        def read() -> Any:
+            with self._mode:
+                return map_axes(make, axes)
+
+        return uninterrupted(read)
 
 
 #: Which argument of an operation is an index.

@@ -38,6 +38,7 @@ from ..intervention import (
     plan,
     resume,
     same_draws,
+    unharmed,
     warn_of_padding,
 )
 from ..intervention.fingerprint import fingerprint
@@ -554,34 +555,38 @@ class Model(Envoy):
         Raises:
             ScheduleError: the model cannot be run on fake tensors.
         """
-        with self._lock:
-            recording = None if tracer is None else tracer.recording
-            seen = None if recording is None else (recording.serial, recording.state)
-            if seen is None or seen != self._seen:  # once while a block is written and once it runs
-                self.refresh()
-                self._seen = seen
-            options = self._trial_options(tracer) if tracer is not None else {}
-            kind = self._kind_of(prompt) + (repr(options) if options else "")
-            if tracer is not None:
-                inner |= tracer.graph.inner_operations()
-            if inner:
-                inner = self._measured_with(inner)
-            key = (kind, inner)
-            found = self._schedules.get(key)
-            if found is None:
-                try:
-                    found = measure(
-                        self._skeleton_to_measure(),
-                        lambda batch, tokens: self._trial_inputs(batch, tokens, prompt, options),
-                        self._sorts_tokens,
-                        inner,
-                    )
-                except ScheduleError as error:
-                    found = error
-                self._schedules[key] = found
-            if isinstance(found, ScheduleError):
-                raise found
-            return found
+        return self._lock.during(lambda: self._measure(prompt, tracer, inner))
+
+    def _measure(
+        self, prompt: Any, tracer: Tracer | None, inner: frozenset[tuple[str, str]]
+    ) -> Schedule:
+        recording = None if tracer is None else tracer.recording
+        seen = None if recording is None else (recording.serial, recording.state)
+        if seen is None or seen != self._seen:  # once while a block is written and once it runs
+            self.refresh()
+            self._seen = seen
+        options = self._trial_options(tracer) if tracer is not None else {}
+        kind = self._kind_of(prompt) + (repr(options) if options else "")
+        if tracer is not None:
+            inner |= tracer.graph.inner_operations()
+        if inner:
+            inner = self._measured_with(inner)
+        key = (kind, inner)
+        found = self._schedules.get(key)
+        if found is None:
+            try:
+                found = measure(
+                    self._skeleton_to_measure(),
+                    lambda batch, tokens: self._trial_inputs(batch, tokens, prompt, options),
+                    self._sorts_tokens,
+                    inner,
+                )
+            except ScheduleError as error:
+                found = error
+            self._schedules[key] = found
+        if isinstance(found, ScheduleError):
+            raise found
+        return found
 
     def _measured_with(self, inner: frozenset[tuple[str, str]]) -> frozenset[tuple[str, str]]:
         """The operations that are measured where some are asked for: those of all unified names with
@@ -889,11 +894,22 @@ class Model(Envoy):
             raise BlockError.checkpointing()
         if any(one.cut for one in work.passes) and not self.is_causal():
             work = self.plan_block(tracer, causal=False)
+        return self._lock.during(lambda: self._run_planned(tracer, work, module))
+
+    def _run_planned(self, tracer: Tracer, work: Plan, module: torch.nn.Module) -> Any:
+        graph = tracer.recording.graph
         gradients: AbstractContextManager[None] = nullcontext()
         if graph.backwards:
             gradients = gradients_as_asked(graph, module)
-        with self._lock, gradients, no_grad(graph):
-            return Execution(self, tracer, work, module).run()
+        execution: Execution | None = None
+
+        def run() -> Any:
+            nonlocal execution
+            with gradients, no_grad(graph):
+                execution = Execution(self, tracer, work, module)
+                return execution.run()
+
+        return unharmed(run, lambda: None if execution is None else execution.undo())
 
     def module_paths(self, modules: Any) -> list[str]:
         # Containers such as ModuleList have no forward, so nothing arrives there.

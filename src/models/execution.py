@@ -93,6 +93,11 @@ class Execution:
         finally:
             self._run.close()
 
+    def undo(self) -> None:
+        """Take back what is left on the model, after an interrupt; may be called again."""
+        for undo in self._run.undo:
+            undo()
+
     def _run_passes(self) -> Any:
         passes = self._plan.passes
         done: list[tuple[Pass, Any]] = []
@@ -206,6 +211,7 @@ class Execution:
                 result = entry.forward(arguments, self._module, one, batch, cache)
         except Stop:
             result = None
+        run.undo.clear()
         if prefix is not None and one.caches:
             prefix.keep_cache(one, entry.read_cache(cache), run)
         if result is None:

@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from ..envoy import Alias
 from ..envoy.attached import open_recording
-from ..intervention import Pass, Run, own_draws
+from ..intervention import Pass, Run, add_hook, own_draws, remove_hooks, unharmed
 from ..intervention.fingerprint import fingerprint
 from ..intervention.schedule import TARGETS
 from ..tracing.context import Invoker, Tracer
@@ -165,13 +166,16 @@ class LanguageModel(Model):
 
     @entry
     def load(self) -> torch.nn.Module:
-        with self._lock:
-            if self._module is None:
-                assert self._checkpoint is not None
-                self._module = self._checkpoint.load()
-                self._held.fingerprint = fingerprint(self._module)
-                turn_of(self._module, self._lock)
-            return self._module
+        return self._lock.during(self._loaded)
+
+    def _loaded(self) -> torch.nn.Module:
+        if self._module is None:
+            assert self._checkpoint is not None
+            module = unharmed(self._checkpoint.load)
+            self._held.fingerprint = fingerprint(module)
+            turn_of(module, self._lock)
+            self._module = module
+        return self._module
 
     def planned_device(self) -> torch.device:
         if self._module is not None:
@@ -633,10 +637,14 @@ class LanguageModel(Model):
             module = self.load()
             ids = torch.arange(6, device=self._input_device(module)).repeat(2, 1)
             ids[1, -1] += 1
-            with self._lock, torch.no_grad():
-                mask = torch.ones_like(ids)
-                output = module(input_ids=ids, attention_mask=mask, use_cache=False)
-                logits = output.logits[:, :-1]
+
+            def first() -> torch.Tensor:
+                with torch.no_grad():
+                    mask = torch.ones_like(ids)
+                    output = module(input_ids=ids, attention_mask=mask, use_cache=False)
+                    return output.logits[:, :-1]  # type: ignore[no-any-return]
+
+            logits = self._lock.during(lambda: unharmed(first))
             self._causal = not module.training and torch.allclose(
                 logits[0], logits[1], rtol=1e-4, atol=1e-4 * float(logits.abs().max())
             )
@@ -744,15 +752,20 @@ class LanguageModel(Model):
         until = part.until if counts else None
         clock = kind(run, sum(prompt.rows for prompt in prompts), endings, watches, until)
         # Before the hooks on the model itself, which belong to the step that begins.
-        begins = module.register_forward_pre_hook(clock.begins, prepend=True, with_kwargs=True)
-        ends = module.register_forward_hook(clock.ends, always_call=True)
+        handles: list[RemovableHandle] = []
+
+        def over() -> None:
+            remove_hooks(handles)
+            self._clock = None
+
+        run.undo.append(over)
+        add_hook(handles, module, clock.begins, inputs=True, first=True)
+        add_hook(handles, module, clock.ends, always=True)
         self._clock = clock if watched else None
         try:
             yield
         finally:
-            begins.remove()
-            ends.remove()
-            self._clock = None
+            over()
             for invoke in {*run.extents, *run.stopped}:
                 at = run.stopped.get(invoke)
                 tracer.invokes[invoke].stopped = None if at is None else at[0]

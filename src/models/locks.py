@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import itertools
 import threading
+from collections.abc import Callable
+from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
+
+T = TypeVar("T")
+_Locks = tuple[tuple[int, threading.RLock], ...]
 
 
 class _Group:
@@ -45,6 +50,23 @@ class Turn:
 
     def release(self) -> None:
         _release(self._taken.pop())
+
+    def during(self, work: Callable[[], T]) -> T:
+        """`work()`, with the lock held. A Ctrl-C at any time leaves it released: `with` of a lock of
+        Python's own cannot be interrupted before it is entered or after it is left, and that of a
+        class can."""
+        while True:
+            locks = self.group.locks
+            found = self._holding(locks, locks, work)
+            if found is not None:
+                return found[0]
+
+    def _holding(self, locks: _Locks, rest: _Locks, work: Callable[[], T]) -> tuple[T] | None:
+        """None if the group grew while this waited."""
+        if not rest:
+            return (work(),) if self.group.locks is locks else None
+        with rest[0][1]:
+            return self._holding(locks, rest[1:], work)
 
     def __enter__(self) -> None:
         self.acquire()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -52,10 +53,12 @@ def test_an_interrupt_while_hooks_are_installed_leaves_none(
 ) -> None:
     model: Any = Model(module)
 
-    def fails(*args: Any, **kwargs: Any) -> Any:
-        raise error
+    class Fails(OrderedDict[int, Any]):
+        def __setitem__(self, key: int, hook: Any) -> None:
+            super().__setitem__(key, hook)
+            raise error
 
-    monkeypatch.setattr(module[2], "register_forward_hook", fails)
+    monkeypatch.setattr(module[2], "_forward_hooks", Fails())
     with pytest.raises(error):
         with model.trace(torch.randn(2, 4)):
             model[0].output.save()
