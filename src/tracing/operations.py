@@ -453,6 +453,8 @@ def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def run(left: Any, *rest: Any) -> Any:
+        if type(left) is torch.Tensor:  # nearly always
+            return function(left, *rest)
         right = rest[0] if rest else None
         if isinstance(left, _SIZED) or isinstance(right, _SIZED):
             _check_size(name, left, right)
