@@ -496,7 +496,7 @@ class Shapes:
                     f"`.t` on prompts of different lengths needs an axis that counts rows, and "
                     f"{node.describe()} has none: use `.t` before it."
                 )
-            return (*plain[:-1], _shifted(key, *spans[0]))
+            return (*plain[:-1], _shifted(key, *spans[0], width))
         places: list[Any] = [list(range(start, stop))[key] for start, stop in spans]
         if isinstance(key, slice):
             counts = sorted({len(taken) for taken in places})
@@ -570,12 +570,17 @@ def _no_rows(node: Node, axis: int) -> OperationError:
     )
 
 
-def _shifted(key: Any, start: int, stop: int) -> Any:
-    """`key` of the tokens from `start` to `stop` as a key of the whole row."""
+def _shifted(key: Any, start: int, stop: int, width: int) -> Any:
+    """`key` of the tokens from `start` to `stop` as a key of the whole row, counted from its end where
+    the tokens end there."""
+    end = width if stop == width else 0
     if isinstance(key, int):
-        return start + key % (stop - start)
+        return start + key % (stop - start) - end
     taken = range(start, stop)[key]
-    return slice(taken.start, taken.stop if taken.stop >= 0 else None, taken.step)
+    if not taken:
+        return slice(0, 0)
+    last = None if taken.stop < 0 or taken.stop == end else taken.stop - end
+    return slice(taken.start - end, last, taken.step)
 
 
 def _source(node: Node) -> Node | None:

@@ -114,7 +114,7 @@ def test_an_edited_gradient_reaches_what_lies_before_it() -> None:
         hidden = model.transformer.h[1].output[0]
         hidden.grad[:, :-1] = 0
         hidden.grad *= 2
-        model.lm_head.output[0, -1, 7].backward()
+        model.lm_head.output[0, -1, 7].backward(inputs=list(hf.parameters()))
         hidden.grad.save()
     got = {name: p.grad.clone() for name, p in hf.named_parameters() if p.grad is not None}
     hf.zero_grad()
@@ -375,7 +375,7 @@ def test_a_demanded_gradient_leaves_the_parameters_one_gradient() -> None:
     hf = gpt2()
     model = LanguageModel(hf)
     with model.trace(FIRST):
-        model.lm_head.output[0, -1, 7].backward()
+        model.lm_head.output[0, -1, 7].backward(inputs=list(hf.parameters()))
         size = model.transformer.h[1].output.grad.norm().item()
     wanted = autograd_of_parameters(hf)
     assert size == pytest.approx(float(autograd(hf, hf.transformer.h, FIRST, 1).norm()), rel=1e-5)

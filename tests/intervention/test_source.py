@@ -391,7 +391,7 @@ def test_under_a_forward_of_accelerate(tools: SimpleNamespace) -> None:
 
     class Counts(ModelHook):  # type: ignore[misc]
         def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
-            seen.append(1)
+            seen.append(module is mlp)  # a trial forward runs on a copy
             return args, kwargs
 
     add_hook_to_module(mlp, Counts())
@@ -401,6 +401,6 @@ def test_under_a_forward_of_accelerate(tools: SimpleNamespace) -> None:
     with model.trace(ids):
         model.transformer.h[1].mlp.source.self_act_0.output[:] = 0
         result = model.transformer.h[1].mlp.output.save()
-    assert seen == [1]
+    assert seen.count(True) == 1
     assert tools.close(result, mlp.c_proj.bias.detach().expand(1, 5, 16))
     assert all(mlp.__dict__[name] is before[name] for name in ("forward", "_old_forward"))

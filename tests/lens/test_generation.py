@@ -89,9 +89,10 @@ def test_rows_of_a_batch_are_as_alone(name: str, use_cache: bool) -> None:
     model, tokenizer = lens(name), TINY.word_tokenizer()
     alone = []
     for text in TEXTS:
-        ids = torch.tensor([[EOS, *tokenizer(text)["input_ids"]]])
+        first = [EOS] if model.cfg.default_prepend_bos else []
+        ids = torch.tensor([[*first, *tokenizer(text)["input_ids"]]])
         whole = by_hand(model.module, ids, 5)
-        alone.append(tokenizer.decode(whole[0, 1:]))
+        alone.append(tokenizer.decode(whole[0, len(first) :]))
         one = model.generate(text, 5, return_type="tokens", use_past_kv_cache=use_cache, **GREEDY)
         assert torch.equal(one, whole)
     together = model.generate(TEXTS, 5, use_past_kv_cache=use_cache, **GREEDY)
@@ -102,7 +103,7 @@ def test_rows_of_a_batch_are_as_alone(name: str, use_cache: bool) -> None:
     assert model.tokenizer.padding_side == "right"
     found = model.generate(padded, 5, use_past_kv_cache=use_cache, **GREEDY)
     for row, text in zip(found.tolist(), alone, strict=True):
-        kept = row[row.index(EOS) + 1 :]
+        kept = row[-len(tokenizer(text)["input_ids"]) - 5 :]
         assert tokenizer.decode(kept) == text
 
 

@@ -46,7 +46,12 @@ def logits_of(model: Any, name: str) -> list[torch.Tensor]:
             box = model.logits.save()
         return [box.value[:1], box.value[1:]]
     found = model.get_logits(PROMPTS)
-    return [row[None, -len(prompt) :] for row, prompt in zip(found, PROMPTS, strict=True)]
+    right = name in ("bert", "roberta")  # encoders are padded on the right
+    starts = [0 if right else len(found[0]) - len(prompt) for prompt in PROMPTS]
+    return [
+        row[None, start : start + len(prompt)]
+        for row, start, prompt in zip(found, starts, PROMPTS, strict=True)
+    ]
 
 
 def check(model: Any, name: str, functions: dict[tuple[str, int], Function]) -> None:

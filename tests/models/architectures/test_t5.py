@@ -117,9 +117,9 @@ def test_a_generation_begins_with_one_token_of_the_decoder(model: Any) -> None:
     with model.generate(prompt(8, 1)["input_ids"], max_new_tokens=3) as generator:
         with generator.iter[1:2]:
             place = model.decoder.final_layer_norm.output
-            assert tuple(model.decoder_layers[0].mlp_in.shape)[1] == 1
+            tokens = model.decoder_layers[0].mlp_in.shape[1].save()
             later = place.t[-1].save()
         first = model.decoder.final_layer_norm.output
         shape, first = tuple(first.shape), first.save()
     assert shape == tuple(first.value.shape) == (1, 1, 16)
-    assert later.value[0].shape == (1, 16)
+    assert later.value[0].shape == (1, 16) and tokens.value == [1]
