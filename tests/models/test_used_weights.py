@@ -42,7 +42,8 @@ def gpt2() -> Any:
 
 
 def adapted(module: Any, *targets: str, **options: Any) -> Any:
-    peft = pytest.importorskip("peft")
+    import peft
+
     config = peft.LoraConfig(r=4, target_modules=list(targets), init_lora_weights=False, **options)
     with warnings.catch_warnings():  # it asks transformers by an older name
         warnings.simplefilter("ignore", FutureWarning)
