@@ -190,7 +190,7 @@ def tensor_bytes() -> int:
     """Bytes of all tensors that are alive."""
     found = {}
     for one in gc.get_objects():
-        if issubclass(type(one), torch.Tensor) and one.device.type == "cpu":
+        if type(one) in (torch.Tensor, torch.nn.Parameter) and one.device.type == "cpu":
             storage = one.untyped_storage()
             found[storage.data_ptr()] = storage.nbytes()
     return sum(found.values())
