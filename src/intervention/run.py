@@ -28,13 +28,13 @@ from ..tracing.graph import Box, Graph, arguments
 from ..tracing.interpreter import BranchInterpreter, Interpreter
 from ..tracing.node import CALL, READ, WRITE, GradPoint, HookPoint, Node
 from ..tracing.operations import (
+    AGAIN,
     APPLY,
     DERIVING,
     ELEMENT,
     FIRST_ARGUMENT,
     GUARDED,
     IN_PLACE,
-    KEPT,
     PUT,
     SELECT,
     SKIPPED,
@@ -615,6 +615,7 @@ class Run:
         self._done[index] = 1
         if self._traced and index in self._traced:
             value = self._on_path(node, value)
+            self._show_again(node, value)
         boxes = self._boxes.get(index)
         if boxes is not None:
             opaque = _opaque(value)
@@ -755,7 +756,8 @@ class Run:
         def alias(leaf: Any) -> Any:
             if not isinstance(leaf, torch.Tensor) or not leaf.is_floating_point():
                 return leaf
-            if leaf.requires_grad and node.kind != READ and node.target is not KEPT:
+            known = node.kind == READ or (node.kind == CALL and node.target.computed)
+            if leaf.requires_grad and not known:
                 return leaf
             with torch.enable_grad():
                 anchor = None if leaf.requires_grad else torch.zeros((), requires_grad=True)
@@ -767,6 +769,25 @@ class Run:
             hook = partial(self._gradient_arrives, node.index)
             self._handles.append(value.register_hook(hook))
         return value
+
+    def _show_again(self, node: Node, value: Any) -> None:
+        """The part that was changed in place, and is used further on, is a view of `value` for
+        autograd, too: what is derived by it is part of the gradient of its whole."""
+        while node.kind == CALL and node.target is PUT:
+            _, changed, view, *_ = node.args
+            origin = changed
+            while origin.kind == CALL and (
+                origin.target is PUT or origin.target.effect is IN_PLACE
+            ):
+                origin = origin.args[0]
+            again = origin.kind == CALL and origin.target is AGAIN and origin.args[2] is view
+            if not again and (origin.kind != CALL or origin.target is not view):
+                return  # assigned: a copy of a value that is another one
+            if self.values[changed.index] is not None:
+                args, _ = self._interpreter.resolve(node)
+                value = view.function(value, *args[3], **args[4])
+                self.values[changed.index] = value
+            node = changed
 
     def _derive(self, node: Node) -> Any:
         """Run a backward. The memory of the forward is kept while another one may go through it."""

@@ -53,7 +53,6 @@ from .operations import (
     GRAD,
     IN_PLACE,
     ITEM,
-    KEPT,
     METHODS,
     OPERATORS,
     OVER_TOKENS,
@@ -996,9 +995,9 @@ def _gradient(proxy: Proxy) -> Any:
         owner = chain[computed]
         node = _current(owner)
         if node.index not in graph.traced:
-            alias = graph.append(CALL, KEPT, (node,), None, recording.invoke)
-            graph.traced.add(alias.index)
-            _assign(owner, alias)
+            graph.traced.add(node.index)
+            if node.target.computed:
+                _assign(owner, node)
         top: int | None = computed
     else:
         top = next((i for i in reversed(range(len(chain))) if _is_tensor(chain[i])), None)
@@ -1257,10 +1256,22 @@ def write_in(recording: Recording, hook_point: HookPoint, value: Any) -> None:
 
 def _is_part(value: Any, whole: Proxy, operation: Operation, args: tuple[Any, ...]) -> bool:
     """True if `value` is that view of `whole` already, so that storing it there changes nothing."""
-    if type(value) is not Handle or value._parent is not whole or value._view is None:
+    if type(value) is not Handle or value._view is None or value._parent is None:
         return False
     same = value._view[0] is operation and _same_key(value._view[1], args)
-    return same and value._seen is _current(whole)
+    same = same and _same_view(value._parent, whole)
+    return same and value._seen is _current(value._parent)
+
+
+def _same_view(one: Proxy, other: Proxy) -> bool:
+    """True if both show the same part of the same value: a name that is asked twice gives two views."""
+    while one is not other:
+        if one._view is None or other._view is None or one._parent is None or other._parent is None:
+            return False
+        if one._view[0] is not other._view[0] or not _same_key(one._view[1], other._view[1]):
+            return False
+        one, other = one._parent, other._parent
+    return True
 
 
 def _same_key(one: Any, other: Any) -> bool:

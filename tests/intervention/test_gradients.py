@@ -169,6 +169,74 @@ def test_the_gradient_of_an_edited_value_is_that_of_the_edit() -> None:
     torch.testing.assert_close(after.value, held["value"].grad)
 
 
+@pytest.mark.parametrize("edits", [False, True])
+def test_the_gradient_of_a_name_counts_its_own_uses_too(edits: bool) -> None:
+    """What a block computes of a view that it changed in place is derived by its whole, as in torch."""
+    hf = llama()
+    model = LanguageModel(hf)
+    gradients = []
+    for name in ("k_pre", "head_out"):
+        with model.trace(FIRST) as tracer:
+            value = getattr(model.layers[1], name)
+            if edits:
+                value += 0.3
+                value *= 0.5
+            loss = (value * 3).tanh().sum() + tracer.output.logits[0, -1, 7]
+            loss.backward()
+            gradients.append(value.grad.save())
+    for name, path, got in zip(("k_pre", "head_out"), ("k_proj", "o_proj"), gradients, strict=True):
+        held = {}
+
+        def hook(module, args, output, name=name, held=held):
+            if name == "k_pre":
+                before = output.unflatten(-1, (2, 8))
+            else:
+                weight = module.weight.T.unflatten(0, (4, 8))
+                before = torch.einsum("bthe,hed->bthd", args[0].unflatten(-1, (4, 8)), weight)
+            held["value"] = (before + 0.3) * 0.5 if edits else before * 1
+            held["value"].retain_grad()
+            if name == "k_pre":
+                return held["value"].flatten(2)
+            return output + (held["value"] - before).sum(2)
+
+        module = getattr(hf.model.layers[1].self_attn, path)
+        handle = module.register_forward_hook(hook)
+        logits = hf(torch.tensor([FIRST])).logits
+        handle.remove()
+        ((held["value"] * 3).tanh().sum() + logits[0, -1, 7]).backward()
+        torch.testing.assert_close(got, held["value"].grad)
+
+
+def test_the_gradient_of_a_value_that_is_assigned_is_not_that_of_what_was_assigned() -> None:
+    hf = llama()
+    model = LanguageModel(hf)
+    with model.trace(FIRST) as tracer:
+        other = model.layers[0].k_pre * 1
+        other.mul_(2)
+        model.layers[1].k_pre[:] = other
+        (other.tanh().sum() + tracer.output.logits[0, -1, 7]).backward()
+        got = model.layers[1].k_pre.grad.save()
+    held = {}
+
+    def first(module, args, output):
+        held["other"] = output * 2
+
+    def second(module, args, output):
+        held["value"] = held["other"].clone()
+        held["value"].retain_grad()
+        return held["value"]
+
+    projections = [hf.model.layers[i].self_attn.k_proj for i in (0, 1)]
+    handles = [
+        p.register_forward_hook(h) for p, h in zip(projections, (first, second), strict=True)
+    ]
+    logits = hf(torch.tensor([FIRST])).logits
+    for handle in handles:
+        handle.remove()
+    (held["other"].tanh().sum() + logits[0, -1, 7]).backward()
+    torch.testing.assert_close(got, held["value"].grad.unflatten(-1, (2, 8)))
+
+
 def test_a_gradient_edits_a_later_layer_of_the_same_forward() -> None:
     hf = gpt2()
     model = LanguageModel(hf)

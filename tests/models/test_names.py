@@ -1412,6 +1412,38 @@ def test_half_precision(name: str, zoo: Zoo) -> None:
     assert error < 0.06, error
 
 
+def test_a_name_that_is_changed_by_an_operator_is_seen_by_its_older_handles(zoo: Zoo) -> None:
+    """`layer.k_pre *= 0.5` writes in place, though Python then assigns what it wrote."""
+    model, module = zoo.model("gpt2"), zoo("gpt2")
+    with model.trace(IDS):
+        layer = model.layers[0]
+        old = layer.k_pre
+        layer.k_pre *= 0.5
+        half = old.save()
+        old[:, 0] += 1
+        layer.k_pre[..., 1:] = 0.25
+        now = old.save()
+        layer.k_pre = layer.k_pre * 2
+        kept, new = old.save(), layer.k_pre.save()
+        fused = layer.attn.c_attn.output.save()
+    held: list[torch.Tensor] = []
+    hook = module.transformer.h[0].attn.c_attn.register_forward_hook(
+        lambda _m, _a, output: held.append(output.clone())
+    )
+    with torch.no_grad():
+        module(IDS)
+    hook.remove()
+    _, keys, _ = held[0].unflatten(-1, (3, half.shape[2], -1)).unbind(2)
+    keys = keys * 0.5
+    same(half, keys)
+    keys[:, 0] += 1
+    keys[..., 1:] = 0.25
+    same(now, keys)
+    same(kept, keys)
+    same(new, keys * 2)
+    same(fused.unflatten(-1, (3, half.shape[2], -1))[:, :, 1], keys * 2)
+
+
 def test_gradients_of_computed_names(zoo: Zoo) -> None:
     model, weight = zoo.model("gpt2"), zoo("gpt2").transformer.h[1].ln_1.weight
     with model.trace(IDS) as tracer:
