@@ -27,7 +27,11 @@ from ..tracing.structure import leaves
 from .attached import open_recording, record
 from .rename import Names
 from .source import SourceEnvoy
+from .spellings import elsewhere
 from .tree import tree_html
+
+#: No default was given.
+_REFUSED: Any = object()
 
 
 class Alias(Protocol):
@@ -116,7 +120,7 @@ class Envoy:
         tracer = current_block.get()
         if tracer is None or tracer.model is not self._root:
             if tracer is None and point is self._output and self._has_output():
-                return self.get("output")  # type: ignore[return-value]
+                return self.get("output")  # type: ignore[no-any-return]
             tracer = self._tracer(point)
         recording = tracer.recording
         invoke = recording.invoke
@@ -259,6 +263,9 @@ class Envoy:
                 ) from None
             known = [*module._modules, *module._parameters, "output", "input", "inputs"]
             kind = type(module).__name__
+            written = elsewhere(name) if not self._path else None
+            if written is not None:
+                raise UnknownModuleError.elsewhere(kind, name, written) from None
             raise UnknownModuleError.child(self._path, kind, name, known) from None
         if isinstance(value, torch.nn.Module):
             # A wrapper, such as PEFT's, hands on the attributes of what it holds.
@@ -293,11 +300,14 @@ class Envoy:
     def __delattr__(self, name: str) -> None:
         self._root.attach(self._path, name, None)
 
-    def get(self, path: str) -> Envoy:
+    def get(self, path: str, default: Any = _REFUSED) -> Any:
         """The module at a dotted path below this one, also one that is called `output`.
 
+        Args:
+            default: what there is instead of a module that does not exist.
+
         Raises:
-            UnknownModuleError: there is none.
+            UnknownModuleError: there is none, and no default.
         """
         if not isinstance(path, str):
             raise OperationError(
@@ -316,6 +326,8 @@ class Envoy:
                 envoy = self._root.get(meant)
                 continue
             if child is None:
+                if default is not _REFUSED:
+                    return default
                 raise UnknownModuleError.child(
                     envoy._path, type(module).__name__, name, module._modules
                 )

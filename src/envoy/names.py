@@ -187,6 +187,7 @@ class Layer:
         return self._envoy[key]
 
     def __setitem__(self, key: str, value: Any) -> None:
+        """Write a weight for good: a tensor of its shape, or one number, which fills it."""
         self._weights()[key] = value
 
     def __contains__(self, key: object) -> bool:

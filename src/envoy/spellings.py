@@ -113,6 +113,54 @@ ACCESSORS: dict[str, str] = {
     "expert_weights": "expert_weights",
 }
 _LAYERED = {**POINTS, **LOCATIONS, **ACCESSORS, **LENS}
+#: What users of TransformerLens ask of the model itself, and what is written here.
+LENS_METHODS: dict[str, str] = {
+    "blocks": "`model.layers`",
+    "unembed": '`model["unembed"]`',
+    "run_with_cache": "`cache = tracer.cache()` in `with model.trace(prompt) as tracer:`",
+    "run_with_hooks": "an assignment in a block, `model.layers[3].resid_post = value`",
+    **dict.fromkeys(("add_hook", "add_perma_hook"), "`with model.edit(inplace=True):`"),
+    **dict.fromkeys(("reset_hooks", "remove_all_hook_fns"), "`model.clear_edits()`"),
+    **dict.fromkeys(
+        ("hook_dict", "hook_points"), '`model.hook("blocks.3.attn.hook_z")`, one place at a time'
+    ),
+    "loss_fn": "`model.trace(ids, labels=ids)` and `tracer.output.loss` in it",
+    **dict.fromkeys(
+        ("to_tokens", "to_single_token"), '`model.tokenizer(text, return_tensors="pt").input_ids`'
+    ),
+    **dict.fromkeys(("to_string", "to_single_str_token"), "`model.tokenizer.decode(ids)`"),
+    "to_str_tokens": "`model.tokenizer.convert_ids_to_tokens(ids)`",
+    "tokens_to_residual_directions": '`model["unembed.W_U"][:, ids].T`',
+    **dict.fromkeys(("QK", "OV"), "`model.weights.QK`"),
+    **{
+        name: f"`model.weights.{name}`"
+        for name in (
+            "W_E W_pos W_U b_U W_Q W_K W_V W_O b_Q b_K b_V b_O W_in W_gate W_out b_in b_out".split()
+        )
+    },
+    **dict.fromkeys(
+        "accumulated_bias all_composition_scores all_head_labels get_token_position process_weights_ "
+        "sample_datapoint set_use_attn_in set_use_attn_result set_use_hook_mlp_in "
+        "set_use_split_qkv_input".split(),
+        "",
+    ),
+}
+
+
+def elsewhere(name: str) -> str | None:
+    """What is written here for a name that another library gives to something of the model."""
+    if name in ACCESSORS:
+        return f"here it is `model.layers[3].{ACCESSORS[name]}` in a block."
+    if name in LENS_METHODS:
+        own = f"here it is {LENS_METHODS[name]}; " if LENS_METHODS[name] else ""
+        return (
+            f"{own}under its name in TransformerLens it is in "
+            "`graftwork.lens.HookedTransformer(model)`."
+        )
+    if name.startswith("hook_"):
+        place = name if name in LENS_OWN else f"blocks.3.{name}"
+        return f'a place by its name in TransformerLens is `model.hook("{place}")`, in a block.'
+    return None
 
 
 def resolve(name: str, layer: int | None, vocabulary: Any) -> tuple[int, str]:

@@ -516,6 +516,7 @@ class Model(Envoy):
         return super().__getitem__(index)
 
     def __setitem__(self, name: str, value: Any) -> None:
+        """Write a weight for good: a tensor of its shape, or one number, which fills it."""
         self._model_names().model_weights()[name] = value
 
     def __contains__(self, name: object) -> bool:

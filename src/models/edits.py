@@ -162,12 +162,20 @@ def save(model: Editable, file: str | os.PathLike[str]) -> None:
     template, graph = model._edits, Graph()
     graph.nodes, graph.writes = template.nodes, template.writes
     description = {"kind": _KIND, "model": type(model.module_tree()).__name__}
-    Path(file).write_bytes(pack(graph, extra=description))
+    packed = pack(graph, extra=description)
+    try:
+        Path(file).write_bytes(packed)
+    except OSError as error:
+        raise EditError.file("written to", str(file), error) from error
 
 
 def load(model: Any, file: str | os.PathLike[str], limits: Limits = LIMITS) -> None:
     """Add the edits of a file to those of a model."""
-    package = unpack(Path(file).read_bytes(), limits)
+    try:
+        packed = Path(file).read_bytes()
+    except OSError as error:
+        raise EditError.file("read from", str(file), error) from error
+    package = unpack(packed, limits)
     if package.extra.get("kind") != _KIND:
         raise EditError(
             f"`{file}` holds a graph, but no edits: it was not written by `save_edits`."

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..intervention import Run, Stop
+from ..tracing.errors import InputError
 from ..tracing.graph import Graph
 from ..tracing.node import READ, WRITE
 
@@ -160,6 +161,35 @@ OPTIONS: dict[str, Option] = {
 _ASKING = {name: option for name, option in OPTIONS.items() if option.kind != ROWS}
 #: Options of `generate` that change what each forward returns.
 RETURNED = ("output_hidden_states", "output_attentions")
+
+
+#: Options that are whole numbers, and the least that each may be.
+_LEAST = {
+    "max_new_tokens": 1,
+    "min_new_tokens": 0,
+    "max_length": 1,
+    "min_length": 0,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+}
+
+
+def check_counts(given: Mapping[str, Any]) -> None:
+    """Refuse, at its line, what is no count.
+
+    Raises:
+        InputError: an option that counts is no whole number, or too small.
+    """
+    for name, least in _LEAST.items():
+        value = given.get(name)
+        if value is None:
+            continue
+        whole = type(value) is not bool and hasattr(value, "__index__")
+        if not whole or value.__index__() < least:
+            raise InputError(
+                f"`{name}={value!r:.60}`: it is a whole number, {least} or more; None leaves it to the "
+                "model's own configuration."
+            )
 
 
 class Options:

@@ -31,11 +31,13 @@ from .generation import (
     GUESSES,
     LENGTH,
     LOOP,
+    OPTIONS,
     RETURNED,
     SAVES,
     Clock,
     Options,
     StoppingClock,
+    check_counts,
     looks_at_steps,
 )
 from .loading import Checkpoint, placement, takes_images
@@ -221,12 +223,14 @@ class LanguageModel(Model):
         offset = 2 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
         return limit - offset
 
-    def _vocabulary(self) -> int | None:
+    def _embedding(self) -> Any:
         try:
-            embedding = self.module_tree().get_input_embeddings()  # type: ignore[operator]
+            return self.module_tree().get_input_embeddings()  # type: ignore[operator]
         except NotImplementedError:  # several inputs, as of CLIP, or one that is no token
             return None
-        return getattr(embedding, "num_embeddings", None)
+
+    def _vocabulary(self) -> int | None:
+        return getattr(self._embedding(), "num_embeddings", None)
 
     # ---------------------------------------------------------------- structure
 
@@ -391,6 +395,11 @@ class LanguageModel(Model):
 
         An edited view, and a model with policies, runs with them. Gradients are recorded as in torch.
         """
+        if not args and not kwargs:
+            raise InputError(
+                "the model was called without an input: give it one, `model(prompt)`, or open a block, "
+                "`with model.trace(prompt):`."
+            )
         read = bool(args) and not isinstance(args[0], torch.Tensor)
         if open_recording(args, kwargs) is not None or not (read or self.lasting_edits()):
             return super().__call__(*args, **kwargs)
@@ -439,6 +448,9 @@ class LanguageModel(Model):
             inputs.update({key: kwargs.pop(key) for key in DECODED if key in kwargs})
         if kwargs and not generates:
             self._check_keywords(kwargs)
+        if generates:
+            check_counts(kwargs)
+            self._check_options(kwargs)
         tracer = Tracer(
             self,
             self,
@@ -452,21 +464,47 @@ class LanguageModel(Model):
 
     def _check_keywords(self, given: Iterable[str]) -> None:
         """Refuse what the forward does not know: transformers ignores it, and a typo has no effect."""
-        from transformers.utils.generic import TransformersKwargs
-
         module = self.module_tree()
-        if not type(module).__module__.startswith("transformers."):
+        if not _is_of_transformers(module):
             return
-        # A dictionary keeps the order of the signature, in which the message lists them.
-        known = dict.fromkeys(inspect.signature(module.forward).parameters)
-        known.pop("kwargs", None)
-        known.update(dict.fromkeys((*TransformersKwargs.__annotations__, "return_dict")))
+        known = _inputs_of(module)
         for name in given:
             if name not in known:
                 kind = type(module).__name__
                 raise InputError(
                     f"the forward of {kind} has no input `{name}`. {near(name, known)}"
                 )
+
+    def _check_inputs(self, names: Iterable[str], given: Mapping[str, Any]) -> None:
+        """Refuse what an invoke cannot give to the forward, which would ignore it."""
+        own, taken = list[str](), inspect.signature(self.module_tree().forward).parameters
+        for name in names:
+            option = name in OPTIONS and name not in taken
+            if option and not isinstance(given[name], torch.Tensor):
+                raise InputError(
+                    f"`{name}` is an option of the whole block: give it to `model.generate(…)`, not to "
+                    "an invoke."
+                )
+            own += [] if option else [name]
+        self._check_keywords(own)
+
+    def _check_options(self, given: Mapping[str, Any]) -> None:
+        """Refuse what a generation does not know, before the weights are loaded for it."""
+        module: Any = self.module_tree()
+        unknown = [name for name in given if name not in OPTIONS]
+        if not unknown or "custom_generate" in given or not _is_of_transformers(module):
+            return
+        own = inspect.signature(module.generate).parameters
+        for name in unknown:
+            if name in own or hasattr(module.generation_config, name):
+                continue
+            try:
+                module._validate_model_kwargs({name: True})  # what else reaches the forward
+            except ValueError:
+                known = dict.fromkeys([*OPTIONS, *own, *_inputs_of(module)])
+                raise InputError(
+                    f"`generate` of {type(module).__name__} has no option `{name}`. {near(name, known)}"
+                ) from None
 
     def sample_inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         rows = self._vocabulary() or 100
@@ -480,7 +518,12 @@ class LanguageModel(Model):
         return self.prepare(([0] * min(self._reader.limit or 997, 997),), {})
 
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TextPrompt:
-        self._reader.vocabulary = self._vocabulary()  # it may have been resized
+        further = [name for name in kwargs if name not in PER_TOKEN and name not in DECODED]
+        if further:
+            self._check_inputs(further, kwargs)
+        embedding, reader = self._embedding(), self._reader  # it may have been resized
+        reader.vocabulary = getattr(embedding, "num_embeddings", None)
+        reader.channels = getattr(embedding, "embedding_dim", None)
         return self._reader.read(args, kwargs)
 
     def run_block(self, tracer: Tracer) -> Any:
@@ -835,6 +878,20 @@ class LanguageModel(Model):
             for _, (own, width) in sorted(parts.items())
         ]
         return torch.cat(rows)
+
+
+def _is_of_transformers(module: torch.nn.Module) -> bool:
+    return type(module).__module__.startswith("transformers.")
+
+
+def _inputs_of(module: torch.nn.Module) -> dict[str, None]:
+    """The names of what a forward of transformers takes, in the order in which a message lists them."""
+    from transformers.utils.generic import TransformersKwargs
+
+    known = dict.fromkeys(inspect.signature(module.forward).parameters)
+    known.pop("kwargs", None)
+    known.update(dict.fromkeys((*TransformersKwargs.__annotations__, "return_dict")))
+    return known
 
 
 class ImageModel(LanguageModel):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import inspect
 import logging
 import os
 import pickle
@@ -245,10 +246,35 @@ class Checkpoint:
         config = copy.deepcopy(self.config)
         with torch.device("meta"):
             module = build(self._class, config, **options).eval()
+        self._check_options(type(module))
         if hasattr(config, "num_experts") or hasattr(config, "num_local_experts"):
             # The other implementations have shapes that depend on data, or fake kernels for bf16 only.
             module.set_experts_implementation("batched_mm")
         return module  # type: ignore[no-any-return]
+
+    def _check_options(self, kind: type[torch.nn.Module]) -> None:
+        """Refuse an option that nothing would take when the weights are loaded.
+
+        Raises:
+            LoadError: there is one.
+        """
+        if not kind.__module__.startswith("transformers."):
+            return  # code of its own may read any
+        # What `from_pretrained` takes out of its keywords, it names in its code.
+        taken = inspect.unwrap(kind.from_pretrained.__func__).__code__.co_consts  # type: ignore[attr-defined]
+        for name in self._options:
+            if (
+                name not in _KNOWN_OPTIONS
+                and name not in taken
+                and not any(isinstance(one, tuple) and name in one for one in taken)
+                and name not in inspect.signature(kind.__init__).parameters
+            ):
+                raise self._no_option(name)
+
+    def _no_option(self, name: str) -> LoadError:
+        return LoadError(
+            f"`{name}=` is no option for loading {self.name!r}. {near(name, _KNOWN_OPTIONS)}"
+        )
 
     def load(self) -> torch.nn.Module:
         """Read the weights.
@@ -295,9 +321,7 @@ class Checkpoint:
         text = str(error)
         if isinstance(error, TypeError) and "unexpected keyword argument" in text:
             name = text.rpartition("argument ")[2].strip("'\"")
-            raise LoadError(
-                f"`{name}=` is no option for loading {self.name!r}. {near(name, _KNOWN_OPTIONS)}"
-            ) from error
+            raise self._no_option(name) from error
         if isinstance(error, OSError):
             raise LoadError(self._not_found(error)) from error
 

@@ -89,6 +89,7 @@ class Reader:
         tokenizer: for strings; None refuses them.
         limit: longest prompt in tokens that the model's position table holds, None without one.
         vocabulary: number of token ids.
+        channels: of an embedding; None where that is not known.
         pads: asked whether rows of different lengths may share a forward of this model.
         right: their padding is on the right.
         decodes: a decoder has tokens of its own, and labels are theirs.
@@ -108,6 +109,7 @@ class Reader:
         self.tokenizer = tokenizer
         self.limit = limit
         self.vocabulary = vocabulary
+        self.channels: int | None = None
         self.name = name
         self.pads = pads
         self.right = right
@@ -177,6 +179,12 @@ class Reader:
             raise InputError(
                 f"the prompt has {width} tokens, {self.name} has positions for {self.limit}. "
                 "Shorten it."
+            )
+        given = inputs.get("inputs_embeds")
+        if given is not None and self.channels and given.shape[2] != self.channels:
+            raise InputError(
+                f"`inputs_embeds` has shape {list(given.shape)}; [row, token, {self.channels}] is "
+                f"wanted: the embeddings of {self.name} have {self.channels} channels."
             )
         ids = inputs.get("input_ids")
         if ids is not None and self.vocabulary and ids.device.type != "meta":
@@ -309,6 +317,12 @@ def _rows(name: str, value: Any) -> torch.Tensor:
             f"`{name}` is a tensor or a list of numbers, not {type(value).__name__} {value!r:.60}."
         ) from None
     if name.endswith("inputs_embeds"):
+        if tensor.ndim not in (2, 3) or not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise InputError(
+                f"`{name}` has shape {list(tensor.shape)} and holds {kind}; [token, channel] or "
+                "[row, token, channel] of floating-point numbers is wanted."
+            )
         tensor = tensor if tensor.ndim == 3 else tensor.unsqueeze(0)
     elif tensor.ndim == 1:
         tensor = tensor.unsqueeze(0)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..tracing.errors import UnavailableNameError
 from .architectures import Architecture
 
 
@@ -81,6 +82,11 @@ class Sizes:
     @property
     def gated(self) -> bool:
         return self.gated_mlp
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise UnavailableNameError.size(name, self.architecture, self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
         """The sizes by name."""

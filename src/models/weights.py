@@ -366,13 +366,15 @@ class Weights(MutableMapping[str, torch.Tensor]):
         return _held(own, (own, parameter, positions), "")
 
     def __setitem__(self, name: str, value: Any) -> None:
+        """Write a whole weight: a tensor of its shape, or one number for all of it, as torch does."""
         found = self[name]
-        value = torch.as_tensor(value)
-        if value.ndim and tuple(value.shape) != tuple(found.shape):
-            raise ShapeError(
-                f"`{name}` has the shape {list(found.shape)}, and {list(value.shape)} was given"
-            )
-        found[...] = value.to(found.device, found.dtype)
+        try:
+            given = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError):
+            given = None
+        if given is None or (given.ndim and tuple(given.shape) != tuple(found.shape)):
+            raise ShapeError.weight(name, found.shape, value, given)
+        found[...] = given.to(found.device, found.dtype)
 
     def __delitem__(self, name: str) -> None:
         raise OperationError(f"`{name}` cannot be taken out of the model: set it to 0.")

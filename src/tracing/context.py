@@ -271,9 +271,12 @@ class Invoker:
             raise BlockError(
                 "`next()` was called in a trace, which is one forward. Use `model.generate(...)`."
             )
-        if steps < 0:
-            raise BlockError(f"`next({steps})`: steps only go forward.")
-        recording.step += steps
+        if type(steps) is bool or not hasattr(steps, "__index__") or steps < 0:
+            raise BlockError(
+                f"`next({steps!r:.60})`: it takes how many steps to go on, a whole number: steps only "
+                "go forward."
+            )
+        recording.step += steps.__index__()
         return self
 
 
@@ -572,7 +575,7 @@ class Tracer(Block):
             BlockError: the block is a trace, which is one forward.
         """
         if not self.generates:
-            raise BlockError("a trace is one forward and has no steps. Use `model.generate(...)`.")
+            raise BlockError.forward()
         return Iter(self.recording, self._most_steps)
 
     def all(self) -> Steps:

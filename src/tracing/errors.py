@@ -112,6 +112,10 @@ class UnknownModuleError(GraftworkError, AttributeError):
         return cls(f"{where} has no submodule or attribute `{name}`. {near(name, known)}")
 
     @classmethod
+    def elsewhere(cls, kind: str, name: str, written: str) -> UnknownModuleError:
+        return cls(f"the model ({kind}) has no `{name}`: {written}")
+
+    @classmethod
     def index(cls, path: str, kind: str, index: int, length: int) -> UnknownModuleError:
         return cls(
             f"`{path}` ({kind}) has {length} modules, so index {index} does not exist; "
@@ -133,6 +137,13 @@ class UnavailableNameError(GraftworkError, AttributeError):
     @classmethod
     def no_layer(cls, index: int, count: int) -> UnavailableNameError:
         return cls(f"there are {count} layers, so layer {index} does not exist")
+
+    @classmethod
+    def size(cls, name: str, kind: str, known: Iterable[str]) -> UnavailableNameError:
+        return cls(
+            f"`{name}` is no size that `model.cfg` has, in the same words for every model. "
+            f"{near(name, known)} `model.config` is {kind}'s own configuration."
+        )
 
     @classmethod
     def weight(cls, name: str, kind: str, known: Iterable[str]) -> UnavailableNameError:
@@ -223,6 +234,20 @@ class BlockError(GraftworkError):
         return cls(
             f"`{what}`: steps are whole numbers from 0 in rising order: `iter[0:3]`, `iter[[0, 2]]`, "
             "`iter[4]`. How many there will be is not known, so they are not counted from the end."
+        )
+
+    @classmethod
+    def not_indexed(cls) -> BlockError:
+        return cls(
+            "`iter` is indexed, as a list is: `iter[0:3]`, `iter[[0, 2]]`, `iter[4]`; `iter[:]` and "
+            "`all()` are all steps."
+        )
+
+    @classmethod
+    def forward(cls) -> BlockError:
+        return cls(
+            "a trace is one forward and has no steps. Use `model.generate(...)`; for a module that is "
+            "called several times in one forward, `module.calls[1].output` is its second call."
         )
 
     @classmethod
@@ -502,6 +527,15 @@ class ShapeError(GraftworkError):
         )
 
     @classmethod
+    def weight(cls, name: str, shape: Sequence[int], value: object, given: object) -> ShapeError:
+        size = getattr(given, "shape", None)
+        what = f"a value of the shape {list(size)}" if size else f"`{value!r:.60}`"
+        return cls(
+            f"`{name}` has the shape {list(shape)}, and {what} was given. Give a tensor of that shape, "
+            "or one number for all of it."
+        )
+
+    @classmethod
     def shared(cls, place: str, location: Location) -> ShapeError:
         return cls.at(
             location,
@@ -737,6 +771,13 @@ class WireError(GraftworkError, ValueError):
 
 class EditError(GraftworkError):
     """Edits of a model cannot be kept, or do not fit a model."""
+
+    @classmethod
+    def file(cls, what: str, file: str, error: OSError) -> EditError:
+        return cls(
+            f"The edits cannot be {what} `{file}`: {error.strerror or error}. Give the path of a file "
+            "that `save_edits` writes, in a folder that exists."
+        )
 
     @classmethod
     def misfit(cls, file: str, of: str, own: str, reason: str) -> EditError:

@@ -29,6 +29,12 @@ class Iter:
         self._recording = recording
         self._most = most
 
+    def _not_indexed(self, *args: Any, **kwargs: Any) -> Any:
+        raise BlockError.not_indexed()
+
+    # Without an index Python would loop over `iter[0]`, `iter[1]`, … without end.
+    __call__ = __enter__ = __exit__ = __iter__ = _not_indexed
+
     def __getitem__(self, key: Any) -> Steps:
         if isinstance(key, slice):
             ends = (key.start, key.stop, key.step)

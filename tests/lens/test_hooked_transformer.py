@@ -23,6 +23,7 @@ import transformers
 from torch.nn import functional
 
 from graftwork import GraftworkError, LanguageModel
+from graftwork.envoy.spellings import LENS_METHODS
 from graftwork.lens.activation_cache import ActivationCache
 from graftwork.lens.cache import KeyValueCache
 from graftwork.lens.config import ConfigError, HookedTransformerConfig
@@ -1927,3 +1928,10 @@ def test_peer_has_the_same_names_and_values() -> None:
     assert len(common) > 30
     for key in common:
         close(cache[key], expected[key], atol=1e-4, rtol=1e-4)
+
+
+def test_what_a_model_says_of_these_names_is_true() -> None:
+    lens = HookedTransformer(LanguageModel("graftwork/tiny"))
+    has_not = {"W_gate"}  # of its MLPs, which are not gated
+    for name in set(LENS_METHODS) - has_not:
+        assert hasattr(lens, name), name

@@ -791,3 +791,13 @@ def test_any_module() -> None:
     hidden = module[0](x)
     hidden[:, 0] = 0
     torch.testing.assert_close(out.value, module[2](module[1](hidden)).detach())
+
+
+def test_a_file_that_cannot_be_read_or_written_is_one_sentence(tmp_path: Path) -> None:
+    model = LanguageModel("graftwork/tiny")
+    with pytest.raises(EditError, match=r"cannot be read from `.*nothing`: No such file"):
+        model.load_edits(tmp_path / "nothing")
+    with model.edit(inplace=True):
+        model.transformer.h[1].mlp.output[:] = 0
+    with pytest.raises(EditError, match=r"cannot be written to `.*`: No such file or directory"):
+        model.save_edits(tmp_path / "no folder" / "file")

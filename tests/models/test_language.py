@@ -1364,3 +1364,68 @@ def test_measuring_touches_no_mode_of_any_module(tools: Any) -> None:
     assert [child.training for child in module.modules()] == modes
     assert all(torch.equal(a, b) for a, b in zip(weights, module.parameters(), strict=True))
     assert tools.hooks(module) == 0
+
+
+# ---------------------------------------------------------------- what is refused at its line
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"max_new_toknes": 3}, r"no option `max_new_toknes`\. Did you mean `max_new_tokens`"),
+        ({"max_new_tokens": "a"}, r"`max_new_tokens='a'`: it is a whole number, 1 or more"),
+        ({"max_new_tokens": -2}, r"`max_new_tokens=-2`: it is a whole number"),
+        ({"max_new_tokens": 2.5}, r"`max_new_tokens=2\.5`: it is a whole number"),
+        ({"max_new_tokens": True}, r"`max_new_tokens=True`: it is a whole number"),
+        ({"num_beams": 0}, r"`num_beams=0`: it is a whole number, 1 or more"),
+    ],
+)
+def test_options_of_a_generation_are_checked_at_their_line(
+    model: Any, options: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(InputError, match=sentence):
+        model.generate(**options)
+    with pytest.raises(InputError, match=sentence):
+        model.generate([3, 4], **options)
+
+
+def test_options_that_transformers_knows_are_taken(model: Any, module: Any) -> None:
+    ids = torch.tensor([[5, 7, 3]])
+    options = {"max_new_tokens": torch.tensor(3), "output_attentions": False, "logits_to_keep": 1}
+    found = model.generate(ids, pad_token_id=0, do_sample=False, **options)[:]
+    assert torch.equal(found, plain_generation(module, ids, max_new_tokens=3))
+
+
+def test_an_invoke_takes_inputs_and_no_options(model: Any) -> None:
+    with pytest.raises(InputError, match=r"no input `output_hidden_stats`.*`output_hidden_states`"):
+        with model.trace() as tracer, tracer.invoke([3, 4], output_hidden_stats=True):
+            pass
+    with pytest.raises(InputError, match=r"`max_new_tokens` is an option of the whole block"):
+        with model.generate() as generator, generator.invoke([3, 4], max_new_tokens=3):
+            pass
+
+
+def test_a_plain_call_has_an_input(model: Any) -> None:
+    with pytest.raises(
+        InputError, match=r"called without an input: give it one, `model\(prompt\)`"
+    ):
+        model()
+
+
+@pytest.mark.parametrize(
+    ("embeddings", "sentence"),
+    [
+        (
+            torch.zeros(1, 4, 7),
+            r"`inputs_embeds` has shape \[1, 4, 7\]; \[row, token, \d+\] is wanted",
+        ),
+        (torch.zeros(4, 7), r"`inputs_embeds` has shape \[1, 4, 7\]"),
+        (torch.zeros(7), r"`inputs_embeds` has shape \[7\]"),
+        (torch.zeros(1, 4, 16, dtype=torch.long), r"holds int64"),
+    ],
+)
+def test_embeddings_have_the_width_of_the_model(
+    model: Any, embeddings: torch.Tensor, sentence: str
+) -> None:
+    with pytest.raises(InputError, match=sentence):
+        model.trace(inputs_embeds=embeddings)

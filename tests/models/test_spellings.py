@@ -11,7 +11,13 @@ import torch
 
 import graftwork
 from graftwork import GraftworkError, LanguageModel
-from graftwork.tracing.errors import BlockError, InputError, OperationError
+from graftwork.tracing.errors import (
+    BlockError,
+    InputError,
+    OperationError,
+    UnavailableNameError,
+    UnknownModuleError,
+)
 
 PROMPT = "The Eiffel Tower is in the city of"
 TEMPLATE = (
@@ -266,3 +272,37 @@ def test_a_mistake_in_a_block(model: Any, mistake: str) -> None:
         check(caught.value, 5)
     else:
         assert "<mistake>:1" in str(caught.value).splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "here"),
+    [
+        ("run_with_cache", r"`cache = tracer\.cache\(\)`.*HookedTransformer\(model\)"),
+        ("to_tokens", r"`model\.tokenizer\(text"),
+        ("blocks", r"`model\.layers`"),
+        ("run_with_hooks", r"`model\.layers\[3\]\.resid_post = value`"),
+        ("W_Q", r"`model\.weights\.W_Q`"),
+        ("hook_embed", r'`model\.hook\("hook_embed"\)`'),
+        ("hook_resid_pre", r'`model\.hook\("blocks\.3\.hook_resid_pre"\)`'),
+        ("layers_output", r"`model\.layers\[3\]\.resid_post`"),
+    ],
+)
+def test_names_of_other_libraries_say_what_is_written_here(
+    model: Any, name: str, here: str
+) -> None:
+    with pytest.raises(UnknownModuleError, match=here):
+        getattr(model, name)
+    assert not hasattr(model, name)  # as code that asks for it expects
+
+
+def test_a_size_that_there_is_not_names_those_near_it(model: Any) -> None:
+    with pytest.raises(UnavailableNameError, match=r"`n_layer_s` is no size.*`n_layers`"):
+        _ = model.cfg.n_layer_s
+    assert copy.deepcopy(model.cfg) == model.cfg and not hasattr(model.cfg, "nope")
+
+
+def test_get_gives_a_default_for_a_module_that_there_is_not(model: Any) -> None:
+    assert model.get("transformer.nope", None) is None and model.get("nope", 3) == 3
+    assert model.transformer.get("h.1", None) is model.transformer.h[1]
+    with pytest.raises(UnknownModuleError, match="`nope`"):
+        model.get("transformer.nope")

@@ -479,6 +479,22 @@ def test_a_weight_that_is_written_inside_a_traced_model_is_used(fresh: Any) -> N
     torch.testing.assert_close(logits.value, _logits(model.load()), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("value", ["a", torch.ones(16), torch.ones(16, 61), [1, 2]])
+def test_a_weight_is_assigned_a_tensor_of_its_shape_or_one_number(fresh: Any, value: Any) -> None:
+    model = fresh("gpt2")
+    weight = model.load().transformer.wte.weight
+    before = weight.detach().clone()
+    with pytest.raises(
+        ShapeError, match=r"`embed\.W_E` has the shape .* or one number for all of it"
+    ):
+        model["embed.W_E"] = value
+    assert torch.equal(weight, before)
+    model["embed.W_E"] = 3
+    assert bool((weight == 3).all())
+    model["embed.W_E"] = before
+    assert torch.equal(weight, before)
+
+
 def test_weights_are_not_deleted(fresh: Any) -> None:
     weights = fresh("gpt2").layers[0]._weights()
     with pytest.raises(OperationError, match="set it to 0"):

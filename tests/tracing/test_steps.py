@@ -292,3 +292,23 @@ def test_what_a_loop_cannot_do_is_said(model) -> None:
             total = model.transformer.h[1].output.sum()
             with tracer.all():
                 total += 1
+
+
+@pytest.mark.parametrize("steps", ["a", 1.5, -1, True, None])
+def test_next_takes_a_count(model, steps) -> None:
+    with pytest.raises(BlockError, match=r"`next\(.*\)`: it takes how many steps to go on"):
+        with model.generate(PROMPT, max_new_tokens=3) as tracer:
+            tracer.next(steps)
+
+
+def test_iter_without_an_index_is_refused(model) -> None:
+    for use in (lambda it: it(), lambda it: it(0, 3), iter, lambda it: it.__enter__()):
+        with pytest.raises(BlockError, match=r"`iter` is indexed, as a list is: `iter\[0:3\]`"):
+            with model.generate(PROMPT, max_new_tokens=3) as tracer:
+                use(tracer.iter)
+
+
+def test_iter_in_a_trace_names_the_calls_of_a_module(model) -> None:
+    with pytest.raises(BlockError, match=r"a trace is one forward.*`module\.calls\[1\]\.output`"):
+        with model.trace(PROMPT) as tracer:
+            tracer.iter[0:2]
