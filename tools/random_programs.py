@@ -20,6 +20,7 @@ import copy
 import dataclasses
 import functools
 import linecache
+import logging
 import random
 import re
 import sys
@@ -315,8 +316,11 @@ def _attention(
 
 
 _RUNNING: list[Plain] = []
-#: Values that were read before a place was assigned are used after it.
-OLD_HANDLES = False
+#: Computed names in several segments, beside an edit of what they are computed from in another, in
+#: branches, and older handles of an assigned one.
+COMPUTED_IN_SEGMENTS = False
+#: Sizes of keys in steps after the first.
+SIZES_OF_KEYS = False
 ALL_ATTENTION_FUNCTIONS.register("programs", _attention)
 ALL_MASK_ATTENTION_FUNCTIONS.register("programs", ALL_MASK_ATTENTION_FUNCTIONS["eager"])
 
@@ -370,16 +374,21 @@ def sites(name: str) -> dict[str, Site]:
             layout: str | None = None,
             axes: str = "token",
             in_place: bool = False,
+            text: str | None = None,
             block: str = block,
             i: int = i,
         ) -> None:
             whole = None if path is None else f"{block}.{path}" if path else block
-            text = f"model.layers[{i}].{own}"
+            text = text or f"model.layers[{i}].{own}"
             rank += 100 * (i + 1)
             found.append(Site(f"{own} {i}", rank, whole, port, layout, text, axes, in_place))
 
         add("resid_pre", 0, "", "input")
         add("resid_post", 90, "", "output")
+        if "attn" in parts:
+            add("attn_in", 5, parts["attn"], "input", text="model.{raw}")
+        if "mlp" in parts and not parts.get("flat"):
+            add("mlp_in", 55, parts["mlp"], "input", text="model.{raw}")
         if "mixer" in parts:
             add("mixer_in", 10, parts["mixer"], "input")
             add("mixer_out", 20, parts["mixer"], "output")
@@ -407,6 +416,18 @@ def sites(name: str) -> dict[str, Site]:
         add("mlp_post", 70, parts["down"], "input", flat)
         add("mlp_out", 80, parts.get("mlp_out", parts.get("mlp", parts["down"])), "output", flat)
     return {site.name: site for site in found}
+
+
+#: At whose places a module may be left out.
+_SKIPS = ("resid_pre", "attn_in", "mlp_in", "mixer_in")
+
+
+def _is_inside(site: Site, path: str, kind: str) -> bool:
+    """Whether a place is within what a skipped module computes."""
+    if site.path is None:
+        block = f"{KINDS[kind].parts['blocks']}.{site.name.split(' ')[1]}"
+        return path == block or path == f"{block}.{KINDS[kind].parts['attn']}"
+    return site.path.startswith(f"{path}.")
 
 
 def _raw(path: str) -> str:
@@ -450,8 +471,17 @@ class Segment:
 
 @dataclasses.dataclass
 class Invoke:
+    """A prompt's, or several prompts', lines.
+
+    Attributes:
+        stop: the step after which its run is stopped.
+        stop_form: "first" (a loop before all lines), "cond" (decided there), "last" (a straight line).
+    """
+
     rows: list[list[int]]
     segments: list[Segment] = dataclasses.field(default_factory=list)
+    stop: int | None = None
+    stop_form: str = "last"
 
     @property
     def ragged(self) -> bool:
@@ -472,7 +502,6 @@ class Program:
     gradients: bool = False
     saves: dict[str, str] = dataclasses.field(default_factory=dict)
     loss: list[str] = dataclasses.field(default_factory=list)
-    stops: bool = False
     again: list[list[list[int]]] | None = None
 
     # ------------------------------------------------------------ as text
@@ -505,8 +534,8 @@ class Program:
         else:
             out.append(f"with {call}({', '.join(options)}) as g:")
             for i, invoke in enumerate(self.invokes):
-                out.append(f"    with g.invoke({self._prompt(invoke)}) as invoker:")
-                out += self._body(i, invoke, known, 2, "invoker")
+                out.append(f"    with g.invoke({self._prompt(invoke)}) as invoker{i}:")
+                out += self._body(i, invoke, known, 2, f"invoker{i}")
                 out += self._ending(i, 2)
         if self.again is not None:
             prompts = ", ".join(repr(rows[0]) for rows in self.again)
@@ -516,10 +545,7 @@ class Program:
     def _ending(self, number: int, depth: int) -> list[str]:
         if number != len(self.invokes) - 1:
             return []
-        lines = self._indented(self.loss, sites(self.kind), depth)
-        if self.stops:
-            lines.append("    " * depth + "g.stop()")
-        return lines
+        return self._indented(self.loss, sites(self.kind), depth)
 
     @staticmethod
     def _prompt(invoke: Invoke) -> str:
@@ -538,6 +564,11 @@ class Program:
         out = []
         for line in lines:
             line = re.sub(r"@([^@]+)@", place, line).replace("~[", ".t[")
+            line = re.sub(r"~(\w+)\(\)", r".t.\1()", line)
+            line = line.replace("with COND(", "with g.cond(").replace(
+                "OTHERWISE()", "g.otherwise()"
+            )
+            line = re.sub(r"SKIP\('([^']+)', ", lambda m: f"model.{_raw(m[1])}.skip(", line)
             line = re.sub(
                 r"CALL\((\w+), ", lambda m: f"model.{_raw(_PART(self.kind, m[1]))}(", line
             )
@@ -553,7 +584,16 @@ class Program:
     ) -> list[str]:
         out: list[str] = []
         step = 0
+        if invoke.stop is not None and invoke.stop_form == "first":
+            out.append("    " * depth + f"with g.iter[{invoke.stop}:{invoke.stop + 1}]:")
+            out.append("    " * (depth + 1) + "g.stop()")
+        if invoke.stop is not None and invoke.stop_form == "cond":
+            out.append("    " * depth + "with g.all() as step:")
+            out.append("    " * (depth + 1) + f"with g.cond(step == {invoke.stop}):")
+            out.append("    " * (depth + 2) + "g.stop()")
         for segment in invoke.segments:
+            if segment.form == "next" and not segment.order:
+                continue
             lines = [line for name in segment.order for line in segment.lines.get(name, [])]
             if segment.form == "next":
                 while step < segment.steps[0]:
@@ -572,6 +612,9 @@ class Program:
             else:
                 out.append("    " * depth + f"with g.{loop}:")
             out += self._indented(lines, known, depth + 1)
+        if invoke.stop is not None and invoke.stop_form == "last":
+            out += ["    " * depth + f"{invoker}.next()"] * (invoke.stop - step)
+            out.append("    " * depth + "g.stop()")
         return out or ["    " * depth + "pass"]
 
 
@@ -655,6 +698,8 @@ class Plain:
         self.module = plain(program.kind, program.dtype)
         self.local: dict[int, dict[str, Any]] = {}
         self.watched: dict[str, tuple[torch.Tensor, str | None]] = {}
+        #: What modules give in this step instead of what they compute.
+        self.skipped: dict[str, torch.Tensor] = {}
         self.sites = sites(program.kind)
         self.output: torch.Tensor | None = None
 
@@ -664,6 +709,10 @@ class Plain:
         for site in sorted(self.sites.values(), key=lambda one: one.rank):
             if site.path is not None:
                 by_path.setdefault(site.path, []).append(site)
+        for path in {site.path for site in self.sites.values() if site.name.startswith(_SKIPS)}:
+            assert path is not None
+            module = self.module.get_submodule(path)
+            handles.append(module.register_forward_hook(functools.partial(self._skip, path)))
         for path, every in by_path.items():
             module = self.module.get_submodule(path) if path else self.module
             before = [site for site in every if site.port == "input"]
@@ -680,6 +729,8 @@ class Plain:
         handles.insert(0, first)
         _RUNNING.append(self)
         ids = torch.tensor([self.row])
+        stop = self.invoke.stop
+        steps = self.program.steps if stop is None else stop + 1
         try:
             with torch.set_grad_enabled(self.program.gradients):
                 if self.program.generates:
@@ -688,7 +739,7 @@ class Plain:
                         self.output = self.module.generate(
                             ids,
                             attention_mask=torch.ones_like(ids),
-                            max_new_tokens=self.program.steps,
+                            max_new_tokens=steps,
                             do_sample=False,
                             pad_token_id=0,
                             logits_to_keep=0,  # all of the prompt, as blocks that read logits have it
@@ -706,6 +757,13 @@ class Plain:
     def _next(self, _module: Any, _args: Any) -> None:
         self.step += 1
         self.local = {}
+        self.skipped = {}
+
+    def _skip(self, path: str, _module: Any, _args: Any, output: Any) -> Any:
+        value = self.skipped.get(path)
+        if value is None:
+            return None
+        return (value, *output[1:]) if isinstance(output, tuple) else value
 
     def _before(self, every: list[Site]) -> Callable[..., Any]:
         def hook(_module: Any, args: Any, options: Any) -> Any:
@@ -747,7 +805,8 @@ class Plain:
         z = _seen(self._z, self.sites["z 0"].layout, 1)
         terms = torch.einsum("bthe,hed->bthd", z, weight.unflatten(0, (z.shape[2], -1)))
         edited = self.at(site, terms.clone())
-        return output if torch.equal(edited, terms) else output + (edited - terms).sum(2)
+        same = torch.equal(edited, terms) and not self.program.gradients
+        return output if same else output + (edited - terms).sum(2)
 
     def inside(self, layer: int, own: str, value: torch.Tensor, layout: str | None) -> torch.Tensor:
         return self.at(self.sites[f"{own} {layer}"], value)
@@ -766,8 +825,8 @@ class Plain:
             return live
         rows = 1 if live.ndim < 3 else live.shape[0]
         grads = self.program.gradients
-        # Under autograd a tensor that goes on is watched itself; edits are made in a copy.
-        holder = Holder(live if grads else live.clone(), site.layout, self.rows(live, rows))
+        # Names of the same memory are places of their own: each has a copy, which goes on.
+        holder = Holder(live.clone(), site.layout, self.rows(live, rows))
         before = holder.whole
         version = before._version
         for line in self.program.template.get(site.name, []):
@@ -786,7 +845,7 @@ class Plain:
             if not grads:
                 self._settle()  # the text of the next segment stands below
         changed = holder.whole is not before or before._version != version
-        if not changed:
+        if not changed and not grads:
             return live
         if site.in_place:
             live.copy_(holder.whole)
@@ -814,9 +873,13 @@ class Plain:
                 value.detach().clone()
             ),
             "CALL": lambda part, value: self.module.get_submodule(part).forward(value),
+            "SKIP": lambda path, value: self.skipped.__setitem__(path, value.clone()),
             **CONSTANTS(self.program.dtype),
         }
         text = re.sub(r"@[^@]+@", "HERE.value", line).replace("~[", "[:, ")
+        text = text.replace("~max()", ".amax(1)").replace("~min()", ".amin(1)")
+        text = re.sub(r"~(\w+)\(\)", r".\1(1)", text)
+        text = text.replace("with COND(", "if bool(").replace("with OTHERWISE()", "else")
         text = re.sub(
             r"CALL\((\w+), ", lambda m: f"CALL({_PART(self.program.kind, m[1])!r}, ", text
         )
@@ -830,20 +893,37 @@ class Plain:
                 if self.program.gradients and "HERE.value" in text and key not in self.watched:
                     base = holder.whole
                     if base.requires_grad:
-                        base.retain_grad()
                         self.watched[key] = (base, site.layout)
 
     def _derive(self) -> None:
+        lines: dict[str, list[str]] = {}
         for line in self.program.loss:
-            found = re.fullmatch(r"save\((\w+), (\w+)\.grad\)", line)
-            if found is None:
+            name = re.search(r"(v\d+)\.grad", line)
+            if name is not None:
+                lines.setdefault(name[1], []).append(line)
+        for name, every in lines.items():
+            base, layout = self.watched[name]
+            base.register_hook(functools.partial(self._gradient, every, name, layout))
+        for line in self.program.loss:
+            if ".grad" not in line:
                 scope = {"torch": torch, **CONSTANTS(self.program.dtype), **self.names}
                 exec(compile(line, "<plain>", "exec"), scope)
                 self.names.update({k: v for k, v in scope.items() if k[0] == "v"})
+
+    def _gradient(
+        self, lines: list[str], name: str, layout: str | None, gradient: torch.Tensor
+    ) -> torch.Tensor:
+        """Save and edit a gradient when it arrives."""
+        gradient = gradient.clone()
+        seen = _seen(gradient, layout, 1)
+        for line in lines:
+            found = re.fullmatch(r"save\((\w+), .*\)", line)
+            if found is not None:
+                self.saved[found[1]] = [seen.clone()]
             else:
-                base, layout = self.watched[found[2]]
-                assert base.grad is not None
-                self.saved[found[1]] = [_seen(base.grad, layout, 1).clone()]
+                text = re.sub("^GRAD = ", "GRAD[:] = ", line.replace(f"{name}.grad", "GRAD"))
+                exec(compile(text, "<plain>", "exec"), {"GRAD": seen, "torch": torch})
+        return gradient
 
 
 @functools.cache
@@ -871,6 +951,24 @@ class Variable:
     raw: bool = False  # what a module gives: `[0]` of it is all of it
 
 
+#: What lines there are, and how often.
+_LINES = {
+    "view": 3,
+    "pure": 3,
+    "binary": 2,
+    "edit": 5,
+    "assign": 1,
+    "save": 3,
+    "if": 0.4,
+    "item": 0.3,
+    "cond": 0.8,
+    "skip": 0.8,
+    "read": 0.7,
+    "call": 0.6,
+    "other": 1,
+}
+
+
 class Writer:
     """Draws the lines of a prompt's sections while the plain interpreter runs it."""
 
@@ -882,9 +980,12 @@ class Writer:
         #: Variables of earlier prompts.
         self.past = past
         self.busy: dict[tuple[int, str], bool] = {}
+        self.plain: Plain
         self.density = rng.choice((0.05, 0.1, 0.2))
 
     def wants(self, site: Site, step: int) -> bool:
+        if any(_is_inside(site, path, self.program.kind) for path in self.plain.skipped):
+            return False
         known = self.busy.get((step, site.name))
         if known is None:
             covers = any(step in segment.steps for segment in self.invoke.segments)
@@ -911,23 +1012,26 @@ class Writer:
             return
         if segment.form != "next" and site.axes in ("pattern", "keys"):
             return
+        if not COMPUTED_IN_SEGMENTS and self.is_elsewhere(segment, site):
+            return
         self.segment, self.at, self.site, self.holder, self.names = segment, at, site, holder, names
         self.loop = segment.form != "next"
         self.careful = self.loop or self.invoke.ragged
         mine = self.scopes.setdefault(id(segment), [])
         # The text of a segment knows what stands above it.
         place = next(i for i, one in enumerate(self.invoke.segments) if one is segment)
+        # Lines of a loop between them may change in place what was read above, at its step.
+        loops = [i for i, one in enumerate(self.invoke.segments[:place]) if one.form != "next"]
         above = [
             one
             for i, other in enumerate(self.invoke.segments[:place])
-            if other.form == "next"
+            if other.form == "next" and i > max(loops, default=-1)
             for one in self.scopes.get(id(other), [])
         ]
         visible = [*above, *mine]
         lines = segment.lines.setdefault(site.name, [])
         segment.order.append(site.name)
         own: list[Variable] = []
-        before = len(mine)
 
         def emit(line: str) -> bool:
             try:
@@ -954,10 +1058,7 @@ class Writer:
         here = f"@{site.name}{'!' if raw and site.path else ''}@"
         bind(here, site.axes, site.name, "!" in here)
         for _ in range(self.rng.randint(1, 4)):
-            kind = self.rng.choices(
-                ("view", "pure", "binary", "edit", "assign", "save", "if", "read", "call", "other"),
-                (3, 3, 2, 5, 1, 3, 0.4, 0.7, 0.6, 1),
-            )[0]
+            kind = self.rng.choices(tuple(_LINES), tuple(_LINES.values()))[0]
             if not own:
                 break
             one = self.rng.choice(own if self.rng.random() < 0.7 else visible or own)
@@ -989,7 +1090,7 @@ class Writer:
                     bind(text, one.axes, None)
             elif kind == "call" and value.shape[-1] == WIDTH and value.ndim >= 2:
                 bind(f"CALL(ln_final, {one.name})", one.axes, None)
-            elif kind == "other" and self.past and not self.careful:
+            elif kind == "other" and self.past and not self.invoke.ragged:
                 name = self.rng.choice(self.past)
                 other_value = names.get(name)
                 if isinstance(other_value, torch.Tensor) and one.site == site.name:
@@ -1001,13 +1102,34 @@ class Writer:
                         emit(f"{one.name}[:] *= {name}.mean().tanh()")
             elif kind == "save":
                 self.save(one, emit)
+            elif kind == "item" and self.may_ask():
+                name = self.rng.choice(visible).name
+                bind(
+                    self.rng.choice(
+                        (
+                            f"{one.name} * {name}.mean().item()",
+                            f"{one.name} + float({name}.abs().max() > 1)",
+                            f"{one.name}[..., int({name}.reshape(-1)[:3].argmax()) :]",
+                        )
+                    ),
+                    "none",
+                    None,
+                )
+            elif kind == "cond" and not self.invoke.ragged and not self.program.gradients:
+                if site.port == "heads_out" and not COMPUTED_IN_SEGMENTS:
+                    continue
+                if one.site == site.name and one in own:
+                    self.branch(one, value, here, own, visible, emit)
+            elif kind == "skip" and site.name.startswith(_SKIPS) and self.may_skip(segment, site):
+                if value.shape == holder.value.shape and one.axes == site.axes:
+                    scale = self.rng.choice(("", " * 0.5", " + 0.25"))
+                    emit(f"SKIP('{site.path}', {one.name}{scale})")
             elif kind in ("edit", "if"):
                 if one.site != site.name or one not in own or self.no_edits():
                     continue
                 line = self.edit(one, value, here, visible, names)
-                straight = all(segment.form == "next" for segment in self.invoke.segments)
                 # A condition is asked at its line, so nothing above it may be recorded below.
-                if kind == "if" and straight and not self.careful and self.program.again is None:
+                if kind == "if" and self.may_ask():
                     number = self.rng.choice(own)
                     condition = (
                         f"{number.name}.float().mean().item() > {self.rng.choice((-0.1, 0.1))}"
@@ -1022,12 +1144,14 @@ class Writer:
                     if self.invoke.ragged and one.axes == "pattern":
                         scale = "* 0.5"
                     if emit(f"{here} = {one.name} {scale}"):
+                        # They stand for the old value: edits of them reach nothing else.
                         for old in own:
-                            old.site = None
-                        if not OLD_HANDLES:
+                            if self.rng.random() < 0.5:
+                                old.site = None
+                        if site.port == "heads_out" and not COMPUTED_IN_SEGMENTS:
+                            visible = [one for one in visible if one not in own]
+                            mine[:] = [one for one in mine if one not in own]
                             own.clear()
-                            del mine[before:]
-                            visible = [*above, *mine]
         if own and self.rng.random() < 0.6:
             self.save(self.rng.choice(own), emit)
         for one in own:
@@ -1035,6 +1159,58 @@ class Writer:
         if not lines:
             segment.lines.pop(site.name)
             segment.order.remove(site.name)
+
+    def is_elsewhere(self, segment: Segment, site: Site) -> bool:
+        """Whether a computed name, or what it is computed from, is in another segment."""
+        own, _, layer = site.name.partition(" ")
+        near = {"head_out": ("head_out", "z"), "z": ("head_out",)}.get(own, ())
+        return any(
+            f"{one} {layer}" in other.lines
+            for one in near
+            for other in self.invoke.segments
+            if other is not segment
+        )
+
+    def may_ask(self) -> bool:
+        """Whether a value may be asked for at a line: nothing above it may be recorded below."""
+        straight = all(segment.form == "next" for segment in self.invoke.segments)
+        return straight and not self.careful and self.program.again is None
+
+    def may_skip(self, segment: Segment, site: Site) -> bool:
+        """Whether nothing is read or written in what is left out."""
+        assert site.path is not None
+        known = sites(self.program.kind)
+        used = list(self.program.template)
+        for other in self.invoke.segments:
+            if set(other.steps) & set(segment.steps):
+                used += other.lines
+        return not any(_is_inside(known[one], site.path, self.program.kind) for one in used)
+
+    def branch(
+        self,
+        one: Variable,
+        value: torch.Tensor,
+        here: str,
+        own: list[Variable],
+        visible: list[Variable],
+        emit: Callable[[str], bool],
+    ) -> None:
+        """Lines that depend on a value, recorded for both answers."""
+        limit = self.rng.choice((-0.1, 0.1, 0.3))
+        lines = [f"with COND({self.rng.choice(own).name}.float().mean() > {limit}):"]
+        for other in (False, True):
+            if other and self.rng.random() < 0.5:
+                continue
+            if other:
+                lines.append("with OTHERWISE():")
+            lines.append(f"    {self.edit(one, value, here, visible, self.names)}")
+            # A compiled block gives its values by their order, so all of them must be there.
+            saves = self.segment.form != "for" and self.program.again is None
+            if saves and self.rng.random() < 0.4:
+                name = f"s{next(_COUNTER)}"
+                self.program.saves[name] = one.axes
+                lines.append(f"    save({name}, {one.name})")
+        emit("\n".join(lines))
 
     def no_edits(self) -> bool:
         return self.program.gradients and self.rng.random() < 0.7
@@ -1078,7 +1254,8 @@ class Writer:
             f"torch.sigmoid({v})",
             f"{v}.abs() + 0.1",
             f"-{v} + 1",
-            f"{v}.double().to({v}.dtype)",
+            # To another dtype: to its own one it is the same tensor in torch, and a copy here.
+            f"{v}.{'float' if self.program.dtype == torch.float64 else 'double'}().to({v}.dtype)",
             f"torch.where({v} > 0, {v}, 0.1 * {v})",
         ]
         if one.axes != "pattern":
@@ -1087,6 +1264,8 @@ class Writer:
                 keep += [f"{v} @ W{last}", f"torch.nn.functional.linear({v}, W{last})"]
             if last in (4, 8, 16, 24, 61, 64):
                 keep += [f"{v} * V{last}"]
+        if one.axes == "token" and self.rng.random() < 0.15:
+            return f"{v}~{self.rng.choice(('mean', 'sum', 'max', 'min'))}()", "none"
         if self.careful or self.rng.random() < 0.6:
             return self.rng.choice(keep), one.axes
         whole = [f"{v}.sum()", f"{v}.mean()", f"{v}.norm()", f"{v}.reshape(-1)", f"{v}.max()"]
@@ -1100,8 +1279,9 @@ class Writer:
                 f"{v}.amax(-1)",
                 f"{v}.unsqueeze(-1)",
                 f"torch.stack([{v}.sum(), {v}.mean()])",
-                f"{v}.sum(1) / {v}.shape[1]",
             ]
+            if SIZES_OF_KEYS or self.at.step == 0 or one.axes not in ("keys", "pattern"):
+                whole.append(f"{v}.sum(1) / {v}.shape[1]")
         return self.rng.choice(whole), "none"
 
     def binary(self, one: Variable, value: torch.Tensor, other: Variable, second: Any) -> str:
@@ -1253,6 +1433,14 @@ def write(seed: int, kinds: list[str] | None = None, small: bool = False) -> Pro
         else:
             segments.append(Segment("next", [0]))
         invokes.append(Invoke(rows, segments))
+    for one in invokes:
+        if rng.random() < 0.15 and not gradients and not options:
+            last = max(step for segment in one.segments for step in segment.steps)
+            one.stop, one.stop_form = rng.choice(((last, "last"), (rng.randrange(steps), "first")))
+            if one.stop_form == "first" and generates:
+                one.stop_form = rng.choice(("first", "cond"))
+            elif not generates:
+                one.stop, one.stop_form = 0, "last"
     plan = None
     if rng.random() < 0.5:
         names = "dead_code micro_batches prefix_reuse causal less_head stop memory".split()
@@ -1293,10 +1481,12 @@ def write(seed: int, kinds: list[str] | None = None, small: bool = False) -> Pro
     found: list[list[Plain]] = []
     for number, invoke in enumerate(invokes):
         writer = Writer(program, rng, number, past)
-        first = Plain(program, number, invoke.rows[0], names, writer)
-        if gradients and number == count - 1:
-            program.loss = []
-        first.run()
+        first = writer.plain = Plain(program, number, invoke.rows[0], names, writer)
+        try:
+            first.run()
+        except (RuntimeError, IndexError, ValueError, TypeError) as error:
+            # What was written at a loop's first step has no meaning at a later one.
+            raise Invalid(f"{type(error).__name__}: {error}") from error
         for segment in invoke.segments:
             segment.order = list(dict.fromkeys(segment.order))
         found.append([first])
@@ -1308,7 +1498,11 @@ def write(seed: int, kinds: list[str] | None = None, small: bool = False) -> Pro
         _write_loss(program, rng, names, found[-1][0])
     for invoke in invokes:
         for segment in invoke.segments:
-            asks = any(line.startswith("if ") for one in segment.lines.values() for line in one)
+            asks = any(
+                re.search(r"^if |\.item\(|float\(v|int\(v", line)
+                for one in segment.lines.values()
+                for line in one
+            )
             if rng.random() < 0.35 and not asks:
                 ordered(program, segment, rng)
     return program
@@ -1333,15 +1527,26 @@ def _write_loss(program: Program, rng: random.Random, names: dict[str, Any], las
     known = sites(program.kind)
     for name, lines in sections.items():
         read = re.fullmatch(r"(v\d+) = @[^@]+@", lines[0])
-        edited = any(
-            re.search(r"@ (=|\*=|\+=)|@\S*\] |_\(|\] [*+]?= |^v\d+ [*+]= ", line) for line in lines
-        )
-        if read and not edited and not known[name].in_place and rng.random() < 0.5:
-            if known[name].port == "heads_out" or read[1] == end:
-                continue
-            save = f"s{next(_COUNTER)}"
-            program.saves[save] = "none"
-            program.loss.append(f"save({save}, {read[1]}.grad)")
+        assigned = any(re.search(r"^\s*@[^@]+@ = ", line, re.M) for line in lines)
+        if not read or assigned or known[name].in_place or rng.random() < 0.5:
+            continue
+        if read[1] not in last.watched:
+            continue
+        for _ in range(rng.choice((1, 1, 2, 3))):
+            gradient = f"{read[1]}.grad"
+            line = rng.choice(
+                (
+                    f"{gradient} *= 0.5",
+                    f"{gradient}[..., 0] = 0.25",
+                    f"{gradient}[:] = {gradient} * -1.0",
+                    f"{gradient} = {gradient} + 0.1",
+                )
+            )
+            if rng.random() < 0.6:
+                save = f"s{next(_COUNTER)}"
+                program.saves[save] = "none"
+                line = f"save({save}, {gradient})"
+            program.loss.append(line)
 
 
 # -------------------------------------------------------------------- both executions
@@ -1439,7 +1644,8 @@ def compare(program: Program) -> str:
     except NameError as error:
         raise Invalid(str(error)) from error
     except GraftworkError as error:
-        if "would need padding" in str(error):  # said, and it is so
+        said = ("would need padding", "counts the tokens of several rows together")
+        if any(one in str(error) for one in said):
             raise Invalid(str(error)) from error
         return f"refused: {type(error).__name__}: {error}"
     except Exception as error:
@@ -1463,13 +1669,14 @@ def _save_order(program: Program) -> list[str]:
 def _compare_saves(program: Program, expected: list[list[Plain]], scope: dict[str, Any]) -> str:
     beams = int(program.options.get("num_beams", 1))
     number = 0
-    for every, invoke in zip(expected, program.invokes, strict=True):
+    for at, (every, invoke) in enumerate(zip(expected, program.invokes, strict=True)):
         for row, one in enumerate(every):
             for name, values in one.saved.items():
                 if name not in scope:
                     return f"{name} was not recorded"
                 try:
                     mine = _plain_value(scope[name])
+                    _ = [one.shape for one in mine] if isinstance(mine, list) else mine.shape
                 except GraftworkError as error:
                     return f"{name} has no value: {type(error).__name__}: {error}"
                 looped = isinstance(mine, list)
@@ -1487,6 +1694,9 @@ def _compare_saves(program: Program, expected: list[list[Plain]], scope: dict[st
                 wanted = one.output[0]
                 output = scope["g"].output
                 mine = output[number][-len(wanted) :]
+                if invoke.stop is not None:
+                    holder = "g" if program.form == "single" else f"invoker{at}"
+                    mine = scope[holder].output[row][-len(wanted) :]
                 if not torch.equal(mine, wanted):
                     return f"ids of prompt {number}: {mine.tolist()} instead of {wanted.tolist()}"
             number += 1
@@ -1591,6 +1801,11 @@ def _smaller(program: Program) -> Iterator[Program]:
         one = copied()
         one.form = "single"
         yield one
+    for i, invoke in enumerate(program.invokes):
+        if invoke.stop is not None:
+            one = copied()
+            one.invokes[i].stop = None
+            yield one
     if program.steps > 1 and not any(
         program.steps - 1 in s.steps for invoke in program.invokes for s in invoke.segments
     ):
@@ -1613,16 +1828,17 @@ def main() -> None:
     parser.add_argument("--reduce", type=float, default=60, help="seconds for making one smaller")
     given = parser.parse_args()
     transformers.logging.set_verbosity_error()
+    logging.getLogger("graftwork").setLevel(logging.ERROR)
     start, counts, seen = time.monotonic(), {"ran": 0, "invalid": 0, "wrong": 0}, {}
     seed = given.seed if given.only is None else given.only
     while time.monotonic() - start < given.seconds:
         try:
             program = write(seed, given.kinds)
             message = compare(program)
-        except Invalid as error:
+        except Invalid:
             counts["invalid"] += 1
             if given.only is not None:
-                print(program.text(), error)
+                raise
             message = ""
         except Exception:
             print(f"seed {seed}: the writer failed\n{traceback.format_exc()}", flush=True)
@@ -1649,6 +1865,8 @@ def main() -> None:
         seed += 1
         if counts["ran"] and counts["ran"] % 200 == 0:
             print(f"... {counts} up to seed {seed}", flush=True)
+    for kind, count in sorted(seen.items()):
+        print(f"{count} times: {kind}")
     print(f"{counts}, seeds {given.seed} to {seed - 1}", flush=True)
     sys.exit(1 if counts["wrong"] else 0)
 
