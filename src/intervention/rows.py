@@ -60,11 +60,13 @@ class TensorAxes:
         return any(axis.role in (BATCH, BATCH_TOKEN, BATCH_TARGET) for axis in self.axes)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
 class Opaque:
-    """Stands, in one prompt's part of a batch, for a value whose axes are not known."""
+    """Stands, in one prompt's part of a batch, for a value whose axes are not known: it has no parts."""
 
-    reason: str
+    __slots__ = ("reason",)
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
 
 
 @dataclasses.dataclass(slots=True)

@@ -167,6 +167,42 @@ def test_an_earlier_write_makes_the_value_new(
     torch.testing.assert_close(saved.value, edited)
 
 
+def test_what_a_module_takes_is_edited_at_a_later_step_after_a_value_was_asked_for(
+    gpt2: LanguageModel, ids: torch.Tensor
+) -> None:
+    """A cache is among what the block takes: the run that finds the value leaves nothing of it."""
+    module = gpt2.load()
+    one, two = ids[0, :3].tolist(), ids[0, :5].tolist()
+    with gpt2.generate(max_new_tokens=2) as generator:
+        with generator.invoke(one):
+            value = gpt2.transformer.h[0].mlp.output
+        with generator.invoke(two) as invoker:
+            invoker.next()
+            gpt2.transformer.h[1].input[:] *= 0.5
+            gpt2.transformer.h[1].mlp.output[:] *= value.mean()
+            hidden = gpt2.transformer.h[1].output[0]
+            assert hidden.sum().item() != 0
+            found = hidden.save()
+    factor = plain(module, torch.tensor([one]), "transformer.h.0.mlp").mean()
+    with torch.no_grad():
+        first = module(torch.tensor([two]), use_cache=True)
+    token = first.logits[:, -1:].argmax(-1)
+    seen: list[torch.Tensor] = []
+    block = module.transformer.h[1]
+    handles = [
+        block.register_forward_pre_hook(lambda _m, args: (args[0] * 0.5, *args[1:])),
+        block.mlp.register_forward_hook(lambda _m, _a, out: out * factor),
+        block.register_forward_hook(
+            lambda _m, _a, out: seen.append(out[0] if isinstance(out, tuple) else out)
+        ),
+    ]
+    with torch.no_grad():
+        module(token, past_key_values=first.past_key_values, use_cache=True)
+    for handle in handles:
+        handle.remove()
+    torch.testing.assert_close(found, seen[0], rtol=1e-4, atol=1e-5)
+
+
 def test_functions_whose_value_is_known_run_once(gpt2: LanguageModel, ids: torch.Tensor) -> None:
     calls = []
 
