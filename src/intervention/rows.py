@@ -61,7 +61,7 @@ class TensorAxes:
 
 
 class Opaque:
-    """Stands, in one prompt's part of a batch, for a value whose axes are not known: it has no parts."""
+    """Stands, in one prompt's part of a batch, for a value whose axes are not known: a leaf."""
 
     __slots__ = ("reason",)
 

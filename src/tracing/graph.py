@@ -193,20 +193,35 @@ class Graph:
         return frozenset(self._inner)
 
     def extend_stops(self) -> None:
-        """Let each stop wait for what was recorded before it and is used behind it."""
+        """Let each stop wait for what was recorded before it and is used behind it, but for what later
+        steps would have given."""
         live = self.live()
+        steps: list[int] = []
+        for node in self.nodes:
+            own = node.target.step if type(node.target) is HookPoint and node.kind == READ else 0
+            steps.append(max((steps[argument.index] for argument in arguments(node)), default=own))
         for stop in self.stops:
-            needed = {
-                argument.index: argument
+            behind = [
+                argument
                 for node in self.nodes[stop.index + 1 :]
-                if live[node.index] and node.invoke == stop.invoke
+                if live[node.index]
                 for argument in arguments(node)
-                if argument.index < stop.index and argument.invoke == stop.invoke
+            ]
+            behind += [node for node, _ in self.saves]
+            needed = {
+                node.index: node
+                for node in behind
+                if node.index < stop.index and node.invoke == stop.invoke
             }
             more = [
                 needed[index] for index in sorted(needed) if needed[index] not in arguments(stop)
             ]
-            stop.args = (*stop.args, *more)
+            at = stop.args[4 if stop.target is GUARDED else 0]
+            stop.args = tuple(
+                one
+                for one in (*stop.args, *more)
+                if type(one) is not Node or steps[one.index] <= at
+            )
             stop.used = None
 
     def settle(self) -> bool:

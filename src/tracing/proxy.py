@@ -1259,8 +1259,7 @@ def _is_part(value: Any, whole: Proxy, operation: Operation, args: tuple[Any, ..
     if type(value) is not Handle or value._view is None or value._parent is None:
         return False
     same = value._view[0] is operation and _same_key(value._view[1], args)
-    same = same and _same_view(value._parent, whole)
-    return same and value._seen is _current(value._parent)
+    return same and _same_view(value._parent, whole)
 
 
 def _same_view(one: Proxy, other: Proxy) -> bool:

@@ -69,6 +69,66 @@ def test_another_prompt_of_the_batch_goes_on(model: Any, ran: list[int]) -> None
     torch.testing.assert_close(found.value, alone.value, rtol=1e-4, atol=1e-4)
 
 
+def test_a_value_of_a_stopped_prompt_is_there_for_a_later_one(model: Any) -> None:
+    with model.trace() as tracer:
+        with tracer.invoke(PROMPT):
+            value = model.transformer.h[1].output[0]
+            tracer.stop()
+        with tracer.invoke(OTHER):
+            model.transformer.h[0].output[:] *= value.mean()
+            found = model.transformer.h[2].output[0].save()
+    seen: list[torch.Tensor] = []
+    module = model.load()
+
+    def keep(_module: Any, _args: Any, output: Any) -> None:
+        seen.append((output[0] if isinstance(output, tuple) else output).clone())
+
+    def scale(_module: Any, _args: Any, output: Any) -> None:
+        (output[0] if isinstance(output, tuple) else output).mul_(seen[0].mean())
+
+    with torch.no_grad():
+        for text, hooks in ((PROMPT, {1: keep}), (OTHER, {0: scale, 2: keep})):
+            handles = [module.transformer.h[i].register_forward_hook(h) for i, h in hooks.items()]
+            module(**model.tokenizer(text, return_tensors="pt"))
+            for handle in handles:
+                handle.remove()
+    torch.testing.assert_close(found, seen[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["straight", "loop", "condition"])
+@pytest.mark.parametrize("edited", [False, True])
+def test_a_stop_does_not_wait_for_later_steps(model: Any, form: str, edited: bool) -> None:
+    """What was recorded before it for all steps, by a loop or an edit, ends with it."""
+
+    def hook(_module: Any, _args: Any, output: Any) -> None:
+        output[..., 0] += 0.5
+
+    handle = model.load().transformer.h[1].mlp.register_forward_hook(hook)
+    expected = plain(model, PROMPT, 1 if form == "straight" else 2)
+    handle.remove()
+    view = model
+    if edited:
+        with model.edit() as view:
+            model.transformer.h[1].mlp.output[..., 0] += 0.5
+    with view.generate(PROMPT, max_new_tokens=5) as generator:
+        if not edited:
+            with generator.all():
+                view.transformer.h[1].mlp.output[..., 0] += 0.5
+                view.transformer.h[2].mlp.output.save()
+        if form == "straight":
+            generator.stop()
+        elif form == "loop":
+            with generator.iter[1:2]:
+                generator.stop()
+        else:
+            with generator.all() as step, generator.cond(step == 1):
+                generator.stop()
+        with generator.all():
+            found = view.transformer.h[1].mlp.output.save()
+    assert generator.output.tolist() == expected
+    assert len(found) == (1 if form == "straight" else 2)
+
+
 @pytest.mark.parametrize("limit", [-1e9, 1e9])
 def test_where_a_condition_holds(model: Any, ran: list[int], limit: float) -> None:
     with model.trace(PROMPT) as tracer:

@@ -151,6 +151,25 @@ def test_views_and_values_of_before_are_right_after_both_branches(model: Any) ->
     torch.testing.assert_close(whole.value, expected)
 
 
+@pytest.mark.parametrize("limit", [-1e9, 1e9])
+def test_an_operator_on_a_place_in_a_branch_is_seen_by_handles_of_before(
+    model: Any, limit: float
+) -> None:
+    """`place *= 0.5` is written in place, though Python then assigns what it wrote."""
+    with model.trace(PROMPTS[0]) as tracer:
+        keys = model.layers[0].k_pre
+        part = model.transformer.h[0].attn.output[0]
+        before = keys.save(), part.save()
+        with tracer.cond(keys.sum() > limit):
+            model.layers[0].k_pre *= 0.5
+            model.transformer.h[0].attn.output[0] *= 0.5
+        after = keys.save(), part.save()
+        now = model.layers[0].k_pre.save(), model.transformer.h[0].attn.output[0].save()
+    for old, new, there in zip(before, after, now, strict=True):
+        close(new, old.value * 0.5 if limit < 0 else old.value)
+        close(there, new.value)
+
+
 @pytest.mark.parametrize("taken", [True, False])
 def test_skips_and_replaced_outputs(model: Any, taken: bool) -> None:
     limit = -1e9 if taken else 1e9
