@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -100,30 +100,37 @@ def unharmed(work: Callable[[], T], undo: Callable[[], None] | None = None) -> T
         if undo is not None:
             undo()
 
+    # No call may stand between these lines: each `finally` is entered also when the one before it was
+    # interrupted. What there is to do is done after the first that was not; the others find nothing.
     try:
-        result = work()
-    except BaseException:
-        # No call may stand between these lines: each catches what interrupts the one before.
         try:
-            restore()
-        except BaseException:
             try:
+                result = work()
+            finally:
                 restore()
-            except BaseException:
-                restore()
-                raise
-            raise
-        raise
-    try:
-        restore()
-    except BaseException:
-        try:
-            restore()
         except BaseException:
             restore()
             raise
+    except BaseException:
+        restore()
         raise
     return result
+
+
+def put_back(places: Iterable[tuple[Any, str]]) -> Callable[[], None]:
+    """Gives what makes attributes be what they are now.
+
+    Args:
+        places: owners and names.
+    """
+    before = [(owner, name, getattr(owner, name)) for owner, name in places]
+
+    def put() -> None:
+        for owner, name, value in before:
+            if getattr(owner, name) is not value:
+                setattr(owner, name, value)
+
+    return put
 
 
 def uninterrupted(work: Callable[[], T]) -> T:

@@ -18,6 +18,7 @@ import torch
 
 from ..envoy.names import Missing, write_name
 from ..envoy.spellings import lens_names, no_lens_name
+from ..intervention import unharmed
 from ..models.base import accepts
 from ..models.factored_matrix import FactoredMatrix
 from ..models.language import LanguageModel
@@ -631,8 +632,9 @@ class HookedTransformer:
             if self.model._takes_positions and not bool(whole.all()):
                 counted = torch.cumsum(whole, 1).sub(1).clamp_min(0)
                 inputs["position_ids"] = counted[:, whole.shape[1] - ids.shape[1] :]
-        with self.model._lock:
-            logits: torch.Tensor = module(**inputs, **options).logits
+        logits: torch.Tensor = self.model._lock.during(
+            lambda: unharmed(lambda: module(**inputs, **options).logits)
+        )
         if cache is not None:
             cache.add_mask(mask)
         return logits
@@ -696,11 +698,15 @@ class HookedTransformer:
             cache.add_mask(prompt.mask)
         if repeats and not self.model.lasting_edits():
             # The next forward of this form need not be recorded.
-            with self.model._lock:
-                while len(self._experiments) >= _REMEMBERED:
-                    self._experiments.pop(next(iter(self._experiments)))
-                self._experiments[key] = (prompt.ids.shape, tracer.compile(), list(kept))
+            self.model._lock.during(
+                lambda: self._remember(key, prompt.ids.shape, tracer, list(kept))
+            )
         return result.value, {name: _shown(name, box.value) for name, box in kept.items()}
+
+    def _remember(self, key: Any, shape: torch.Size, tracer: Any, kept: list[str]) -> None:
+        while len(self._experiments) >= _REMEMBERED:
+            self._experiments.pop(next(iter(self._experiments)))
+        self._experiments[key] = (shape, tracer.compile(), kept)
 
     def _outside(self, name: str, start: int | None, stop: int | None) -> bool:
         """True for a place that a forward between two layers does not reach."""

@@ -110,8 +110,7 @@ def process(
     )
     root = model.load()
     _refuse(model)
-    with model._lock:
-        module = copy.deepcopy(root)
+    module = model._lock.during(lambda: copy.deepcopy(root))
     with torch.no_grad():
         result = LanguageModel(module, tokenizer=model.tokenizer)
         result._names = dict(model._names)
@@ -235,7 +234,8 @@ def load_state_dict_into(model: LanguageModel, state: Mapping[str, torch.Tensor]
                 f"`{key}` has the shape {list(shape)}, and {list(value.shape)} was given"
             )
         values[key] = value
-    with model._lock, torch.no_grad():
+
+    def write() -> None:
         changed = _untie(model, homes, values)
         for key, value in values.items():
             home = homes[key]
@@ -243,8 +243,10 @@ def load_state_dict_into(model: LanguageModel, state: Mapping[str, torch.Tensor]
                 home.create(root)
                 changed = True
             home.write(value)
-        if changed:  # what was read of the module's structure is no longer so
-            model._vocabularies, model._schedules, model._skeleton = {}, {}, None
+        model.refresh(changed)  # what was read of the module's structure is no longer so
+
+    with torch.no_grad():
+        model._lock.during(write)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -241,10 +241,12 @@ class Model(Envoy):
 
     def to(self, *args: Any, **kwargs: Any) -> Model:
         """Move or cast the module, as `torch.nn.Module.to` does, loaded if need be; gives the model."""
-        with self._lock:
+
+        def move() -> None:
             self.load().to(*args, **kwargs)
-            self._held.skeleton = None
-            self._schedules = {}
+            self.refresh(changed=True)
+
+        self._lock.during(move)
         return self
 
     # ---------------------------------------------------------------- the module
@@ -297,12 +299,16 @@ class Model(Envoy):
             self._skeleton = meta_copy(self._module)
         return self._skeleton
 
-    def refresh(self) -> None:
-        """Forget what was learned of the module's structure, if the user has changed it since."""
+    def refresh(self, changed: bool = False) -> None:
+        """Forget what was learned of the module's structure, if the user has changed it since.
+
+        Args:
+            changed: it is known to have changed, also where the fingerprint does not show it.
+        """
         held = self._held
-        if held.module is not None and held.fingerprint is not None:
+        if held.module is not None and (changed or held.fingerprint is not None):
             found = fingerprint(held.module)
-            if found != held.fingerprint:
+            if changed or found != held.fingerprint:
                 held.fingerprint, held.skeleton = found, None
                 held.changes += 1
         if self._changes != held.changes:

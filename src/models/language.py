@@ -15,6 +15,7 @@ from ..envoy import Alias
 from ..envoy.attached import open_recording
 from ..intervention import Pass, Run, add_hook, own_draws, remove_hooks, unharmed
 from ..intervention.fingerprint import fingerprint
+from ..intervention.interrupts import put_back, uninterrupted
 from ..intervention.schedule import TARGETS
 from ..tracing.context import Invoker, Tracer
 from ..tracing.errors import BlockError, InputError, LoadError, near
@@ -40,7 +41,7 @@ from .generation import (
     check_counts,
     looks_at_steps,
 )
-from .loading import Checkpoint, placement, takes_images
+from .loading import Checkpoint, placement, takes_images, what_loading_replaces
 from .locks import turn_of
 from .prompts import DECODED, PER_TOKEN, Reader, TextPrompt, batch
 
@@ -125,7 +126,7 @@ class LanguageModel(Model):
             name = str(source)
             self._checkpoint = Checkpoint(name, dtype, device_map, options)
             self.config = self._checkpoint.config
-            self._start(self._checkpoint.skeleton(), rename)
+            self._start(uninterrupted(self._checkpoint.skeleton), rename)
             if takes_images(self.module_tree()):
                 self.__class__ = ImageModel  # by its name alone nobody could tell
             elif tokenizer is None:
@@ -173,7 +174,7 @@ class LanguageModel(Model):
     def _loaded(self) -> torch.nn.Module:
         if self._module is None:
             assert self._checkpoint is not None
-            module = unharmed(self._checkpoint.load)
+            module = unharmed(self._checkpoint.load, put_back(what_loading_replaces()))
             self._held.fingerprint = fingerprint(module)
             turn_of(module, self._lock)
             self._module = module

@@ -12,6 +12,7 @@ import inspect
 import logging
 import os
 import pickle
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -324,6 +325,21 @@ class Checkpoint:
             raise self._no_option(name) from error
         if isinstance(error, OSError):
             raise LoadError(self._not_found(error)) from error
+
+
+def what_loading_replaces() -> list[tuple[Any, str]]:
+    """What transformers replaces for a while when it makes and fills a model: owners and names.
+
+    Source: transformers 5.23, initialization.py.
+    """
+    from transformers import PreTrainedModel, initialization
+
+    names = getattr(initialization, "TORCH_INIT_FUNCTIONS", ())
+    patched = getattr(initialization, "TORCH_MODULES_TO_PATCH", ())
+    modules = [sys.modules.get(name) for name in patched]
+    found = [(one, name) for one in modules for name in names if hasattr(one, name)]
+    own = [(PreTrainedModel, "tie_weights"), (PreTrainedModel, "init_weights")]
+    return [*found, *own, (torch, "linspace")]
 
 
 def _is_blank(tokenizer: Any) -> bool:

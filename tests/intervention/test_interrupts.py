@@ -4,20 +4,26 @@ import _thread
 import os
 import sys
 import threading
+import types
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import graftwork
 from graftwork import LanguageModel
-from graftwork.intervention.interrupts import TorchState, unharmed
+from graftwork.intervention.interrupts import TorchState, put_back, unharmed
+from graftwork.models.loading import what_loading_replaces
 from graftwork.tracing import current_tracer
 
 OURS = os.path.dirname(os.path.abspath(graftwork.__file__))
+#: Where transformers replaces functions of torch while it makes a model.
+PATCHES = transformers.initialization.__file__
 IDS = [[1, 2, 3, 4, 5]]
 
 
@@ -36,7 +42,7 @@ def interrupted(run: Callable[[], Any], lines: set[int]) -> int:
 
     def call(frame: FrameType, event: str, argument: Any) -> Any:
         code = frame.f_code
-        ours = code.co_filename.startswith(OURS) or code.co_filename == __file__
+        ours = code.co_filename.startswith((OURS, PATCHES)) or code.co_filename == __file__
         return line if ours or code.co_name in ("__enter__", "__exit__") else None
 
     sys.settrace(call)
@@ -127,6 +133,39 @@ def test_the_next_block_is_right_after_any_interrupt(
             lines = {first, first + second}
             interrupted(lambda model=model: block(model), lines)  # type: ignore[misc]
             check(model, before, expected, lines)
+
+
+@pytest.mark.slow
+def test_the_next_load_is_right_after_any_interrupt(tmp_path: Path) -> None:
+    module = tiny().load()
+    module.save_pretrained(tmp_path)
+    expected = module(torch.tensor(IDS)).logits
+    before = TorchState.now()
+    functions = {(owner, name): getattr(owner, name) for owner, name in what_loading_replaces()}
+    models: list[LanguageModel] = []
+
+    def load() -> None:
+        models.append(LanguageModel(tmp_path))
+        models[-1].load()
+
+    total = interrupted(load, set())
+    step = int(os.environ.get("GRAFTWORK_INTERRUPT_STEP", max(1, total // 10)))
+    for first in range(1, total, step):
+        models.clear()
+        interrupted(load, {first, first + 2})
+        assert TorchState.now() == before, first
+        for (owner, name), function in functions.items():
+            assert getattr(owner, name) is function, (first, name)
+        model = models[0] if models else LanguageModel(tmp_path)
+        assert torch.equal(model(torch.tensor(IDS)).logits, expected), first
+
+
+def test_what_was_replaced_is_put_back() -> None:
+    owner = types.SimpleNamespace(one=1, two=2)
+    undo = put_back([(owner, "one"), (owner, "two")])
+    owner.one = 5
+    undo()
+    assert (owner.one, owner.two) == (1, 2)
 
 
 def test_what_an_exit_does_not_reach_is_put_back() -> None:
