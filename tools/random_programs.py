@@ -949,6 +949,7 @@ class Variable:
     axes: str  # "token", "pattern", "keys" or "none"
     site: str | None  # that it is a view of, while it may be edited
     raw: bool = False  # what a module gives: `[0]` of it is all of it
+    shows: bool = False  # the memory of a place, which later lines may change
 
 
 #: What lines there are, and how often.
@@ -1028,6 +1029,9 @@ class Writer:
             if other.form == "next" and i > max(loops, default=-1)
             for one in self.scopes.get(id(other), [])
         ]
+        if segment.form != "next":
+            # A loop may change in place what was read above, at its step.
+            above = [one for one in above if not one.shows]
         visible = [*above, *mine]
         lines = segment.lines.setdefault(site.name, [])
         segment.order.append(site.name)
@@ -1041,13 +1045,15 @@ class Writer:
             lines.append(line)
             return True
 
-        def bind(expression: str, axes: str, edits: str | None, raw: bool = False) -> None:
+        def bind(
+            expression: str, axes: str, edits: str | None, raw: bool = False, shows: bool = True
+        ) -> None:
             name = f"v{next(_COUNTER)}"
             if emit(f"{name} = {expression}"):
                 if not names[name].numel() or not names[name].isfinite().all():
                     lines.pop()
                     return
-                one = Variable(name, axes, edits, raw)
+                one = Variable(name, axes, edits, raw, shows)
                 own.append(one)
                 mine.append(one)
                 visible.append(one)
@@ -1082,12 +1088,12 @@ class Writer:
                 bind(here, site.axes, site.name, "!" in here)
             elif kind == "pure":
                 text, axes = self.pure(one, value)
-                bind(text, axes, None)
+                bind(text, axes, None, shows=axes == "none")
             elif kind == "binary":
                 other = self.rng.choice(visible)
                 text = self.binary(one, value, other, names.get(other.name))
                 if text:
-                    bind(text, one.axes, None)
+                    bind(text, one.axes, None, shows=False)
             elif kind == "call" and value.shape[-1] == WIDTH and value.ndim >= 2:
                 bind(f"CALL(ln_final, {one.name})", one.axes, None)
             elif kind == "other" and self.past and not self.invoke.ragged:
@@ -1494,7 +1500,10 @@ def write(seed: int, kinds: list[str] | None = None, small: bool = False) -> Pro
         if not invoke.ragged:
             for segment in invoke.segments:
                 if segment.form == "next":
-                    past += [one.name for one in writer.scopes.get(id(segment), [])]
+                    own = writer.scopes.get(id(segment), [])
+                    # Lines of a loop may change in place what was read above.
+                    loops = any(one.form != "next" for one in invoke.segments)
+                    past += [one.name for one in own if not loops or not one.shows]
     if gradients:
         _write_loss(program, rng, names, found[-1][0])
     for invoke in invokes:

@@ -21,7 +21,7 @@ from ..tracing.context import Tracer
 from ..tracing.errors import ScheduleError
 from ..tracing.graph import Box, Graph, arguments
 from ..tracing.node import CALL, PARAMETER, READ, WRITE, Captured, GradPoint, HookPoint, Node
-from ..tracing.operations import APPLY, PUT, VIEW, Operation
+from ..tracing.operations import APPLY, PUT, SELECT, VIEW, Operation
 from ..tracing.structure import ATOMS, leaves, map_leaves
 from .order import Position, position
 from .plan import Plan, Resume
@@ -275,6 +275,7 @@ class Known:
         rest = Part(self._graph(graph), None, True, writes=graph.writes)
         rest.graph.saves, rest.graph.writes = graph.saves, graph.writes
         if tracer.generates or tracer.uses_output:
+            _read_again(rest, graph)
             return rest
         roots = [node for node, _ in graph.saves]
         roots += [n for place, n in graph.writes.items() if self.applied.get(place) is not n]
@@ -308,6 +309,7 @@ class Known:
         part.writes = part.graph.writes = {
             place: node for place, node in graph.writes.items() if place in need.writes
         }
+        _read_again(part, graph)
 
     def learn(self, part: Part) -> None:
         """Remember what a run has found."""
@@ -461,6 +463,23 @@ def _is_worth_keeping(node: Node) -> bool:
     if node.kind == CALL:
         return node.target is not PUT and node.target.effect is not VIEW
     return node.kind not in (PARAMETER, WRITE)
+
+
+def _read_again(part: Part, graph: Graph) -> None:
+    """Let what is written back stand in what this run brings: beside the part that is changed, a
+    module takes what depends on the batch, as a mask does. The run comes by the place in any case."""
+    stack = [write.args[0] for write in part.writes.values()]
+    while stack:
+        node = stack.pop()
+        if type(node) is not Node:
+            continue
+        if node.kind == CALL and node.target in (PUT, SELECT):
+            stack += node.args[:1] if node.target is PUT else node.args[2:]
+            continue
+        known = part.graph.nodes[node.index]
+        is_known = node.kind == READ and known.target is KNOWN
+        if is_known and not isinstance(known.args[0].value, torch.Tensor):
+            part.graph.nodes[node.index] = node
 
 
 def _may_be_kept(node: Node, value: Any) -> bool:

@@ -163,10 +163,13 @@ def test_an_operator_on_a_place_in_a_branch_is_seen_by_handles_of_before(
         with tracer.cond(keys.sum() > limit):
             model.layers[0].k_pre *= 0.5
             model.transformer.h[0].attn.output[0] *= 0.5
+        with tracer.otherwise():
+            keys += 1
+            part += 1
         after = keys.save(), part.save()
         now = model.layers[0].k_pre.save(), model.transformer.h[0].attn.output[0].save()
     for old, new, there in zip(before, after, now, strict=True):
-        close(new, old.value * 0.5 if limit < 0 else old.value)
+        close(new, old.value * 0.5 if limit < 0 else old.value + 1)
         close(there, new.value)
 
 

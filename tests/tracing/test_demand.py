@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.testing import assert_close
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import graftwork
 from graftwork import GraftworkError, LanguageModel, Model
@@ -201,6 +203,38 @@ def test_what_a_module_takes_is_edited_at_a_later_step_after_a_value_was_asked_f
     for handle in handles:
         handle.remove()
     torch.testing.assert_close(found, seen[0], rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_module_takes_is_edited_beside_the_mask_of_the_batch() -> None:
+    """The run that finds a value is of one prompt alone, which needs no mask."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        num_hidden_layers=2,
+        hidden_size=16,
+        num_attention_heads=2,
+        intermediate_size=16,
+        vocab_size=9,
+    )
+    module = LlamaForCausalLM(config).eval()
+    model: Any = LanguageModel(module)
+    one, two = [3, 4, 5], [5, 6]
+    found = []
+    with model.trace() as tracer:
+        with tracer.invoke(one):
+            layer = model.model.layers[0]
+            taken = layer.input
+            layer.skip(taken * 0.5)
+            layer.input = taken + 0.25
+            assert model.model.layers[1].self_attn.input.sum().item() != 0
+            found.append(model.model.norm.output.save())
+        with tracer.invoke(two):
+            found.append(model.model.layers[0].self_attn.input.save())
+    assert_close(found[1], plain(module, torch.tensor([two]), "model.layers.0.input_layernorm"))
+    embedded = module.model.embed_tokens(torch.tensor([one])).detach()
+    handle = module.model.layers[0].register_forward_hook(lambda *_: embedded * 0.5)
+    expected = plain(module, torch.tensor([one]), "model.norm")
+    handle.remove()
+    assert_close(found[0], expected)
 
 
 def test_functions_whose_value_is_known_run_once(gpt2: LanguageModel, ids: torch.Tensor) -> None:
