@@ -35,8 +35,11 @@ SEEDS = (5000, 5001)
 
 def check(seed: int, kinds: list[str] | None = None) -> None:
     """One program: nothing differs, and nothing is left on the model."""
-    program = PROGRAMS.write(seed, kinds)
-    message = PROGRAMS.compare(program)
+    try:
+        program = PROGRAMS.write(seed, kinds)
+        message = PROGRAMS.compare(program)
+    except PROGRAMS.Invalid:  # drawn lines that have no meaning in plain torch either
+        return
     assert not message, PROGRAMS.shown(program, message)
     module = PROGRAMS.wrapped(program.kind, program.dtype).load()
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())

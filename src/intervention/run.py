@@ -420,7 +420,9 @@ class Run:
 
     def _all_skip(self, arrival: Arrival) -> bool:
         """True if every row that is in the batch now belongs to an invoke that skips."""
+        # The writes of prompts that were stopped are carried out no more.
         by = {node.invoke for node in arrival.writes if self.values[node.index] is not SKIPPED}
+        by -= self._finished
         if by - self._members:
             return True  # an invoke that sees the whole batch
         here = self.places or dict.fromkeys(self._extents)

@@ -228,6 +228,15 @@ def test_a_sweep_whose_variants_stop(model: Any) -> None:
         torch.testing.assert_close(hidden.value, alone.value, rtol=1e-4, atol=1e-4)
 
 
+def test_a_forward_that_goes_on_behind_a_stop_has_all_results(model: Any, ran: list[int]) -> None:
+    with model.trace(PROMPT, plan={"stop": False}) as tracer:
+        mlp = model.transformer.h[1].mlp
+        found = mlp.input.save()
+        mlp.skip(mlp.input)
+        tracer.stop()
+    assert ran == [1, 1, 1, 1] and found.shape[-1] == model.config.n_embd
+
+
 def test_any_module_and_sent_graphs() -> None:
     module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model: Any = Model(module)
