@@ -197,6 +197,7 @@ class Run:
         # What backwards are to reach: a copy of it is not what the loss was computed from.
         self._named = {one.index for node in graph.backwards for one in arguments(node)}
         self._handles: list[Any] = []
+        self._fragile: frozenset[int] = frozenset()
         if graph.traced:
             self._want_gradients()
         self._drain()
@@ -512,6 +513,9 @@ class Run:
             part = value
             if places is not None:
                 part = narrow(value, axes, places[node.invoke], self._rows, self._each)
+            if node.index in self._fragile:
+                part = _copied(part)
+            if places is not None:
                 parts[node.invoke] = part
             self._bind(node, part)
         if self._ready:
@@ -570,7 +574,8 @@ class Run:
             return after
         source = write.args[0]
         if source.kind == READ and source.target == write.target and source.index in self._traced:
-            return after  # what arrived, as a tensor of its own
+            # What arrived, as a tensor of its own.
+            return _copied(after) if source.index in self._fragile else after
         arrived = {id(leaf) for leaf in leaves(before)}
         return map_leaves(
             lambda leaf: (
@@ -667,6 +672,19 @@ class Run:
                 if visit is not None and visit.stable:
                     found.add(node.index)
         self._lent = frozenset(found)
+
+    def keep_apart(self, schedule: Schedule) -> None:
+        """For a backward: read values into whose memory the forward writes later have their own.
+
+        What is computed of them holds them for the backward, as they were.
+        """
+        found = set()
+        for node in self.graph.nodes:
+            if node.kind == READ and type(node.target) is HookPoint:
+                visit = schedule.find(node.target)
+                if visit is not None and not visit.stable:
+                    found.add(node.index)
+        self._fragile = frozenset(found)
 
     def _refuse(self, node: Node, value: Opaque, boxes: list[Box]) -> None:
         for box in boxes:
@@ -977,6 +995,10 @@ class Run:
         del self._interpreter
         self._schedule = None
         self.values.clear()
+
+
+def _copied(value: Any) -> Any:
+    return map_leaves(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, value)
 
 
 def _opaque(value: Any) -> Opaque | None:

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import logging
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +15,7 @@ from tqdm import tqdm
 from ..intervention import Pass, Patcher, Plan, Prefix, Run, Schedule, Settings, Stop, at_path
 from ..intervention.repeats import may_repeat
 from ..tracing.context import Tracer
-from ..tracing.errors import InputError, near
+from ..tracing.errors import InputError, ScheduleError, near
 from .changing import Changing
 
 logger = logging.getLogger("graftwork")
@@ -81,6 +81,11 @@ class Execution:
         self._run.pads_right = entry.pads_right
         if work.settings.share_memory and len(work.passes) == 1:
             self._run.lend(self._schedule(work.passes[0]))
+        if graph.backwards and work.passes:
+            with suppress(
+                ScheduleError
+            ):  # of what cannot be measured, nothing is known to be written
+                self._run.keep_apart(self._schedule(work.passes[0]))
         self._changing = Changing(tracer)
         # The smallest batch that did not fit into memory, in tokens.
         self._too_much: int | None = None

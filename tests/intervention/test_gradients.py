@@ -4,7 +4,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import graftwork
 from graftwork import LanguageModel, Model
@@ -235,6 +242,50 @@ def test_the_gradient_of_a_value_that_is_assigned_is_not_that_of_what_was_assign
         handle.remove()
     (held["other"].tanh().sum() + logits[0, -1, 7]).backward()
     torch.testing.assert_close(got, held["value"].grad.unflatten(-1, (2, 8)))
+
+
+@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize("several", [False, True])
+def test_what_the_forward_adds_in_place_is_not_in_what_a_backward_needs(watched, several) -> None:
+    """Falcon adds attention's result into the memory of the MLP's."""
+    torch.manual_seed(0)
+    config = FalconConfig(
+        num_hidden_layers=2, hidden_size=16, num_attention_heads=2, vocab_size=50, alibi=False
+    )
+    hf = FalconForCausalLM(config).eval()
+    model = LanguageModel(hf)
+    found = []
+    with model.trace() as tracer:
+        with tracer.invoke(FIRST):
+            value = model.transformer.h[0].mlp.output
+            loss = value.norm() + model.lm_head.output[0, -1, 7]
+            loss.backward()
+            found.append((value if watched else model.transformer.h[1].input).grad.save())
+            found.append(value.save())
+        if several:
+            with tracer.invoke(SECOND):
+                model.transformer.h[0].mlp.output.save()
+    held = {}
+
+    def keep(module, args, output):
+        held["mlp"] = output.clone()
+        held["mlp"].retain_grad()
+        return held["mlp"] * 1
+
+    def take(module, args):
+        held["input"] = args[0]
+        args[0].retain_grad()
+
+    handles = [
+        hf.transformer.h[0].mlp.register_forward_hook(keep),
+        hf.transformer.h[1].register_forward_pre_hook(take),
+    ]
+    logits = hf(torch.tensor([FIRST])).logits
+    for handle in handles:
+        handle.remove()
+    (held["mlp"].norm() + logits[0, -1, 7]).backward()
+    torch.testing.assert_close(found[0], held["mlp" if watched else "input"].grad)
+    torch.testing.assert_close(found[1], held["mlp"].detach())
 
 
 def test_a_gradient_edits_a_later_layer_of_the_same_forward() -> None:
