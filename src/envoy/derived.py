@@ -7,7 +7,7 @@ had given the changed value.
 Neither can be read off the place again: the sum of heads does not tell its terms. So a name is a part
 of a state, the place's value with what was computed beside it, which keeps the changes. Within an
 invoke there is one state for a place, whose parts stay right when one of them is changed, and later
-reads of the name show earlier changes.
+reads of the name show earlier changes (see tracing/states.py).
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from typing import Any
 import torch
 
 from ..tracing.allow_list import declare
-from ..tracing.node import HookPoint
 from ..tracing.operations import VIEW, Operation
 from ..tracing.proxy import Proxy, record
-from ..tracing.structure import leaves
+from ..tracing.states import state_of
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -193,42 +192,5 @@ def derive(
         name: tells apart several of one kind at one place.
         made_of: what `args` are computed from.
     """
-    label = f"{name} {_versions((*args, *made_of))}"
-    state = _once(derivation.state, whole, args, label, whole)
-    return _once(derivation.part, state, (), label, whole)
-
-
-def _once(operation: Operation, of: Proxy, args: tuple[Any, ...], label: str, whole: Proxy) -> Any:
-    """A view, the same for all who ask for it in an invoke, and in a branch."""
-    recording, root = whole._recording, _root(whole)
-    if root._place is None or recording.current.get(root._place) is not root:
-        return record(recording, operation, (of, *args), {})
-    invoke, point = root._place
-
-    def known(branch: str) -> tuple[tuple[int, HookPoint], Proxy | None]:
-        port = f"{point.port} {operation.name} {label}{branch}"
-        key = (invoke, HookPoint(point.path, port, point.step, point.call))
-        found: Proxy | None = recording.current.get(key)
-        return key, found if found is not None and _root(found) is root else None
-
-    guard = recording.graph.guard
-    branch = "" if guard is None else f" {guard.index}{recording.graph.wanted}"  # type: ignore[attr-defined]
-    key, found = known(branch)
-    if found is None:
-        before = known("")[1] if guard is not None and of is whole else None
-        if before is not None:
-            operation, args = _CONTINUED, (before,)
-        found = recording.current[key] = record(recording, operation, (of, *args), {})
-    return found
-
-
-def _versions(args: Any) -> str:
-    """What is at the hook points that `args` are parts of: another text once they are written."""
-    roots = [_root(leaf) for leaf in leaves(args) if isinstance(leaf, Proxy)]
-    return " ".join(str(root._node.index) for root in roots if root._place is not None)
-
-
-def _root(proxy: Proxy) -> Proxy:
-    while proxy._parent is not None:
-        proxy = proxy._parent
-    return proxy
+    state = state_of(derivation.state, whole, args, name, made_of, _CONTINUED)
+    return record(state._recording, derivation.part, (state,), {})

@@ -103,8 +103,24 @@ def read_name(root: Any, vocabulary: Any, layer: int, name: str) -> Any:
         raise BlockError.outside(_shown(layer, name))
     here = Here(root, vocabulary, layer)
     derived = isinstance(place, Derived)
-    found = place.read(here, vocabulary) if derived else read_spot(here, place)
+    found = _read_derived(here, place) if derived else read_spot(here, place)
     vocabulary.check(layer, name, found)
+    return found
+
+
+def _read_derived(here: Here, place: Derived) -> Any:
+    """In a branch it goes on from what it is outside of it, which is read first."""
+    recording = current_tracer().recording  # type: ignore[union-attr]
+    graph = inner = recording.graph
+    around = [graph]
+    while graph.guard is not None:
+        graph = graph.around
+        around.append(graph)
+    try:
+        for recording.graph in reversed(around):
+            found = place.read(here, here.vocabulary)
+    finally:
+        recording.graph = inner
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +26,7 @@ from ..tracing.graph import Graph
 from ..tracing.limits import LIMITS, Limits
 from ..tracing.node import MODULE, PARAMETER, READ, WRITE
 from ..tracing.proxy import BlockHandle, Handle
+from ..tracing.states import Kept
 from ..tracing.structure import leaves
 from ..tracing.template import Template
 from ..tracing.wire import pack, unpack
@@ -161,7 +163,11 @@ def save(model: Editable, file: str | os.PathLike[str]) -> None:
         raise EditError("This model has no edits to save: record some with `model.edit()`.")
     template, graph = model._edits, Graph()
     graph.nodes, graph.writes = template.nodes, template.writes
-    description = {"kind": _KIND, "model": type(model.module_tree()).__name__}
+    description = {
+        "kind": _KIND,
+        "model": type(model.module_tree()).__name__,
+        "states": json.dumps([kept.written() for kept in template.states]),
+    }
     packed = pack(graph, extra=description)
     try:
         Path(file).write_bytes(packed)
@@ -194,6 +200,8 @@ def load(model: Any, file: str | os.PathLike[str], limits: Limits = LIMITS) -> N
     name_kinds(template, kind)
     edit = record(model, inplace=True)
     try:
+        states = json.loads(package.extra.get("states", "[]"))
+        template.states = [Kept.read(one, graph.nodes) for one in states]
         template.place(edit.recording, 0)
         taken = edit.take()
         _check(edit, limits.elements)

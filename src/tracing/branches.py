@@ -17,6 +17,7 @@ from .node import CALL, MODULE, Node
 from .operations import GUARDED, KEPT, PASSED, POSITIONS, SELECT, STEP, STOP, TEST, TOKENS
 from .proxy import node_of
 from .recording import OPEN, Recording
+from .states import leave_branch
 
 #: What stands for something else, which is put in its place or chosen without being computed.
 _FREE = frozenset({SELECT, TOKENS, POSITIONS, PASSED, STEP})
@@ -27,11 +28,12 @@ class Branch(Graph):
     """The graph of a block while a branch is written: the same nodes, but new ones are guarded.
 
     Attributes:
+        around: what it is a branch of.
         guard: the node of the condition, True or False.
         wanted: which of them this branch is for.
     """
 
-    __slots__ = ("guard", "wanted")
+    __slots__ = ("around", "guard", "wanted")
 
     def __init__(self, around: Graph, guard: Node, wanted: bool) -> None:
         super().__init__()
@@ -41,6 +43,7 @@ class Branch(Graph):
         self.lasting, self.needs_grad = around.lasting, around.needs_grad
         self.fixed_positions, self.branched = around.fixed_positions, True
         self.counts_tokens = around.counts_tokens
+        self.around = around
         self.guard: Node = guard
         self.wanted = wanted
 
@@ -111,6 +114,8 @@ class Cond:
         traceback: TracebackType | None,
     ) -> None:
         recording, branch = self._recording, self._recording.graph
+        assert isinstance(branch, Branch)
+        leave_branch(recording, branch)
         graph, recording.no_values, recording.no_gradients, guard = self._before
         graph.branched = True
         graph.needs_grad = branch.needs_grad

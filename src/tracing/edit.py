@@ -95,7 +95,7 @@ class Edit(Tracer):
         """
         recording, graph = self.recording, self.recording.graph
         graph.settle()
-        template = Template.of(recording, graph.nodes)
+        template = Template.of(recording)
         template.lasting = True
         return template
 

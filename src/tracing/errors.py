@@ -811,6 +811,14 @@ class OperationError(GraftworkError, TypeError):
     """An operation that cannot be recorded."""
 
     @classmethod
+    def computed_anew(cls, changed: Location, source: str, source_at: Location) -> OperationError:
+        return cls(
+            f"This name is computed, and was changed at {changed}. Since then there is another "
+            f"{source} ({source_at}), from which it is computed: neither the change nor the new value "
+            "would be all of it. Write what it is computed from first, the name itself after."
+        )
+
+    @classmethod
     def attribute(cls, name: str) -> OperationError:
         return cls(
             f"`.{name} = …` of a value of the block cannot be recorded. Write into the value "

@@ -1143,6 +1143,7 @@ def assign(recording: Recording, proxy: Proxy, value: Any) -> None:
     if recording.graph.guard is not None:
         node = recording.graph.select(node, before, recording.invoke)  # type: ignore[attr-defined]
     _write(recording, place, node)
+    recording.bound.setdefault(place, before)
     recording.current[place] = proxy._kind(recording, node, place)
 
 
@@ -1172,7 +1173,7 @@ def _path(proxy: Proxy) -> tuple[Any, ...]:
     return tuple(keys)
 
 
-def _root_of(proxy: Proxy) -> Proxy:
+def root_of(proxy: Proxy) -> Proxy:
     while proxy._parent is not None:
         proxy = proxy._parent
     return proxy
@@ -1189,14 +1190,20 @@ def _let_go(
         fresh: the handle by which it is replaced, which goes with it.
         of_tensors: it may be a row of a tensor, which is written in place.
     """
-    root = _root_of(owner)
-    known = owner._recording.parts.get(id(root))
+    root, recording = root_of(owner), owner._recording
+    if (
+        recording.loop is not None
+        and root._place is not None
+        and not (of_tensors and _is_tensor(owner))
+    ):
+        recording.bound.setdefault(root._place, _current(root))
+    known = recording.parts.get(id(root))
     if not known:
         return
     hidden = isinstance(root, BlockOutput) and path == (0,)
 
     def is_meant(view: Proxy) -> bool:
-        if view is fresh or view._parent is None or _root_of(view) is not root:
+        if view is fresh or view._parent is None or root_of(view) is not root:
             return False
         if hidden and view._parent is root and not _is_container_part(view):
             return view._view is not None  # `output[:, -1]`: a view of the hidden states
@@ -1232,6 +1239,7 @@ def _bind_anew(proxy: Proxy) -> None:
         return
     place, recording = root._place, root._recording
     if place is not None and recording.current.get(place) is root:
+        recording.bound.setdefault(place, root._node)
         again = recording.current[place] = root._kind(recording, root._node, place)
         chain[1]._parent = again
 
@@ -1333,7 +1341,7 @@ def _record(
     if effect is VIEW and isinstance(first, Proxy) and first._recording is recording:
         view = Handle(recording, node, None, first, (operation, lowered[1:], options), lowered[0])
         if isinstance(first, BlockOutput) or _is_container_part(view):
-            recording.parts.setdefault(id(_root_of(first)), []).append(ref(view))
+            recording.parts.setdefault(id(root_of(first)), []).append(ref(view))
         return view
     return Handle(recording, node)
 

@@ -66,6 +66,8 @@ class Recording:
         invoke: index of the open invoke, -1 between invokes.
         step: the forward that the open invoke talks about.
         current: per invoke and hook point, the proxy of what is there now (see `Proxy`).
+        states: what is computed beside the values at places (see states.py).
+        bound: the places that were assigned anew, with what was there before.
         serial: a number that no other recording has.
         saved: the proxies that `save()` returned, until the block has ended.
         containers: lists and dicts whose values are kept as they are when the block ends.
@@ -93,6 +95,7 @@ class Recording:
     __slots__ = (
         "around",
         "backward",
+        "bound",
         "caches",
         "compute",
         "containers",
@@ -117,6 +120,7 @@ class Recording:
         "serial",
         "session",
         "state",
+        "states",
         "step",
     )
 
@@ -126,6 +130,8 @@ class Recording:
         self.invoke = -1
         self.step = 0
         self.current: dict[tuple[int, HookPoint], Any] = {}
+        self.states: dict[Any, Any] = {}
+        self.bound: dict[tuple[int, HookPoint], Node] = {}
         self.saved: list[Any] = []
         self.retained: list[Any] = []
         self.containers: list[Any] = []
@@ -153,6 +159,8 @@ class Recording:
         cycle may keep a dropped value until the garbage collector comes by."""
         self.state, self.invoke = state, -1
         self.current.clear()
+        self.states.clear()
+        self.bound.clear()
         self.parameters.clear()
         self.lent.clear()
         self.parts.clear()

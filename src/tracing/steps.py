@@ -89,6 +89,8 @@ class Steps:
         self._kept = (
             recording.step,
             recording.current,
+            recording.states,
+            recording.bound,
             graph.writes,
             graph.saves,
             graph.passed,
@@ -102,7 +104,8 @@ class Steps:
         recording.looped = True
         recording.step = self._steps[0] if self._steps else 0
         recording.around = recording.current
-        recording.current, graph.writes, graph.saves, graph.passed = {}, {}, [], {}
+        recording.current, recording.states, recording.bound = {}, {}, {}
+        graph.writes, graph.saves, graph.passed = {}, [], {}
         graph.stops = []
         recording.no_values = (
             "this block is recorded once for several steps; `for step in tracer.iter[…]` "
@@ -116,13 +119,13 @@ class Steps:
             recording.step = self._kept[0]
             return
         first = self._steps[0] if self._steps else 0
-        template = Template.of(recording, graph.nodes[self._start :], first)
+        template = Template.of(recording, self._start, first)
         for node, series in graph.saves:
             assert isinstance(series, Series)
             template.saves.append((node, series))
         del graph.nodes[self._start :]
-        recording.step, recording.current, graph.writes, graph.saves, *others = self._kept
-        graph.passed, graph.stops, recording.no_values = others
+        recording.step, recording.current, recording.states, recording.bound, *others = self._kept
+        graph.writes, graph.saves, graph.passed, graph.stops, recording.no_values = others
         recording.loop, recording.around, self._kept = None, {}, ()
         recording.decided = None  # a condition of the loop is none of what comes behind it
         for step in self._steps if kind is None else ():

@@ -16,6 +16,7 @@ from .node import CALL, READ, WRITE, HookPoint, Node
 from .operations import GUARDED, PASSED, POSITIONS, PUT, SETITEM, STEP, STOP, TOKENS
 from .proxy import CONSTANT, Handle, Proxy, current_node, node_of
 from .recording import Recording
+from .states import Kept, Key, carry, go_on, keep
 from .structure import map_leaves
 
 
@@ -36,6 +37,8 @@ class Template:
         nodes: in recorded order; what they use of the graph around them comes before them.
         writes: the last write at each place.
         kinds: the kind of proxy of each place that was named.
+        bound: the places that were assigned anew, with what was there before.
+        states: what is computed beside the values at places, where it was changed.
         saves: saved nodes, and the lists that their values go to.
         step: the step at which it was recorded.
         needs_grad: a captured tensor requires grad.
@@ -46,6 +49,8 @@ class Template:
     nodes: list[Node]
     writes: dict[Spot, Node]
     kinds: dict[Spot, type[Handle]]
+    bound: dict[Spot, Node] = dataclasses.field(default_factory=dict)
+    states: list[Kept] = dataclasses.field(default_factory=list)
     saves: list[tuple[Node, Series]] = dataclasses.field(default_factory=list)
     step: int = 0
     needs_grad: bool = False
@@ -53,11 +58,13 @@ class Template:
     number: int = 0
 
     @classmethod
-    def of(cls, recording: Recording, nodes: list[Node], step: int = 0) -> Template:
-        """What a recording holds of places and writes, with the nodes that belong to it."""
-        graph = recording.graph
+    def of(cls, recording: Recording, start: int = 0, step: int = 0) -> Template:
+        """What a recording holds of places and writes, with its nodes from `start` on."""
+        graph, states = recording.graph, keep(recording)
         kinds = {spot: proxy._kind for spot, proxy in recording.current.items()}
-        return cls(nodes, dict(graph.writes), kinds, step=step, needs_grad=graph.needs_grad)
+        nodes = graph.nodes[start:]
+        bound = dict(recording.bound)
+        return cls(nodes, dict(graph.writes), kinds, bound, states, [], step, graph.needs_grad)
 
     def place(self, recording: Recording, step: int, invoke: int | None = None) -> None:
         """Put it into the graph of `recording`.
@@ -79,9 +86,11 @@ class Template:
                 continue
             spot = (owner if invoke is None else invoke, _shifted(point, shift))
             graph.writes[spot] = _copy(graph, write, spot[1], (node,), {}, spot[0])
-            kind = self.kinds.get((owner, point))
-            if kind is not None:
-                recording.current[spot] = kind(recording, node, spot)
+            self._follow(recording, (owner, point), spot, node, values)
+        for kept in self.states:
+            if kept.last is not None and values.get(kept.last.index, kept.last) is not None:
+                key, of = self._state(kept, shift, invoke, values)
+                carry(recording, key, kept, of, values)
         for node, series in self.saves:
             # A value from before the loop is the same in every step.
             kept = values.get(node.index, node)
@@ -91,12 +100,42 @@ class Template:
             placed = range(first, len(graph.nodes))
             graph.lasting.update((index, index - first + self.number) for index in placed)
 
+    def _follow(
+        self,
+        recording: Recording,
+        of: Spot,
+        spot: Spot,
+        node: Node,
+        values: dict[int, Any],
+    ) -> None:
+        """Handles on a place see what is written into it, but not what is assigned anew."""
+        kind, known = self.kinds.get(of), recording.current.get(spot)
+        bound = self.bound.get(of)
+        if known is not None:
+            seen = node if bound is None else values.get(bound.index, bound)
+            if seen is not None:
+                known._node = seen
+        if kind is not None and (known is None or bound is not None):
+            recording.current[spot] = kind(recording, node, spot)
+
+    def _state(
+        self, kept: Kept, shift: int, invoke: int | None, values: dict[int, Any]
+    ) -> tuple[Key, tuple[Node, ...]]:
+        """Which state it is where it is placed, and what it is computed from there."""
+        key = kept.key
+        owner, point = key.spot
+        guard = key.guard if key.guard is None else values.get(key.guard.index, key.guard)
+        spot = (owner if invoke is None else invoke, _shifted(point, shift))
+        of = tuple(values.get(node.index, node) for node in kept.of)
+        return dataclasses.replace(key, spot=spot, guard=guard), of
+
     def _place_nodes(
         self, recording: Recording, step: int, shift: int, invoke: int | None
     ) -> dict[int, Any]:
         """What each node has become, by its old index: a node or an index; None if it has no value."""
         graph = recording.graph
         values: dict[int, Any] = {}
+        begins = {kept.first.index: kept for kept in self.states}
 
         def swap(leaf: Any) -> Any:
             return values.get(leaf.index, leaf) if type(leaf) is Node else leaf
@@ -137,7 +176,11 @@ class Template:
                     args = (args[0], spot[1])
                     recording.current[spot] = Handle(recording, args[0], spot)
                 new = values[node.index] = _copy(graph, node, target, args, kwargs, owner)
-                if target is PASSED:
+                if node.index in begins:
+                    kept = begins[node.index]
+                    key, of = self._state(kept, shift, invoke, values)
+                    values[node.index] = go_on(recording, key, kept, of, new)
+                elif target is PASSED:
                     graph.passed[spot] = new
                 elif is_stop(new):
                     graph.stops.append(new)
