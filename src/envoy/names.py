@@ -111,8 +111,8 @@ def read_name(root: Any, vocabulary: Any, layer: int, name: str) -> Any:
 def _read_derived(here: Here, place: Derived) -> Any:
     """In a branch it goes on from what it is outside of it, which is read first."""
     recording = current_tracer().recording  # type: ignore[union-attr]
-    graph = inner = recording.graph
-    around = [graph]
+    inner: Any = recording.graph
+    graph, around = inner, [inner]
     while graph.guard is not None:
         graph = graph.around
         around.append(graph)

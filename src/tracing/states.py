@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import OperationError, WireError
 from .node import HookPoint, Node
-from .operations import AGAIN, GUARDED, KEPT, PUT, Operation
+from .operations import AGAIN, GUARDED, PUT, Operation
 from .proxy import Handle, Proxy, current_node, record, root_of
 from .structure import leaves, map_leaves
 
@@ -114,25 +114,27 @@ class Kept:
         """The way from what is at the place to the state: operations with what else they take."""
         found, node = list[tuple[Any, Any, Any]](), self.first
         while node is not self.at:
-            target, args = node.target, node.args
-            if target is GUARDED:
-                target, args = args[3], args[4:]
+            target, args = _done(node)
             found.append((target, args[1:], node.kwargs))
             node = args[0]
         return found[::-1]
 
 
 def _unchanged(node: Node) -> Node:
-    """What a state was before it followed its place, or was put on autograd's path."""
+    """What a state was before it followed its place, or got a part of its own back."""
     while True:
-        target = node.args[3] if node.target is GUARDED else node.target
-        args = node.args[4:] if node.target is GUARDED else node.args
+        target, args = _done(node)
         if target is AGAIN:
             node = args[1]
-        elif target is PUT and args[1].target is KEPT:
+        elif target is PUT and _done(args[1])[0] is args[2] and _done(args[1])[1][0] is args[0]:
             node = args[0]
         else:
             return node
+
+
+def _done(node: Node) -> tuple[Any, tuple[Any, ...]]:
+    """What a node does, in its branch where it has one."""
+    return (node.args[3], node.args[4:]) if node.target is GUARDED else (node.target, node.args)
 
 
 def state_of(
@@ -160,10 +162,12 @@ def state_of(
     roots = [root_of(leaf) for leaf in leaves((*args, *made_of)) if isinstance(leaf, Proxy)]
     of = tuple(one._node for one in roots if one._place is not None)
 
+    place = root._place
+
     def at(graph: Any) -> State:
         guard = graph.guard
-        key = Key(root._place, operation, name, guard, guard is None or graph.wanted)  # type: ignore[arg-type]
-        state = recording.states.get(key)
+        key = Key(place, operation, name, guard, guard is None or graph.wanted)
+        state: State | None = recording.states.get(key)
         if state is not None and root_of(state.proxy) is root:
             if _same(state.of, of):
                 return state
@@ -172,7 +176,7 @@ def state_of(
             proxy = record(recording, operation, (whole, *args), {})
         else:
             proxy = record(recording, continued, (whole, at(graph.around).proxy), {})
-        state = State(of, proxy._node, root._node, root._place in recording.bound, proxy)
+        state = State(of, proxy._node, root._node, place in recording.bound, proxy)
         recording.states[key] = state
         return state
 
@@ -239,9 +243,7 @@ def go_on(recording: Recording, key: Key, kept: Kept, of: tuple[Node, ...], node
         _check(found, of)
         return node
     before = current_node(found.proxy)
-    target, args = node.target, node.args
-    if target is GUARDED:
-        target, args = args[3], args[4:]
+    target, args = _done(node)
     again = (args[0], before, target, args[1:], node.kwargs)
     node.target, node.args, node.kwargs, node.used = AGAIN, again, {}, None
     return node
