@@ -850,7 +850,8 @@ class Plain:
         if site.in_place:
             live.copy_(holder.whole)
             return live
-        return holder.whole
+        # The model may write into what goes on; for a backward, what was read stays as it was.
+        return holder.whole.clone() if grads else holder.whole
 
     def rows(self, live: torch.Tensor, rows: int) -> int:
         return int(self.program.options.get("num_beams", 1)) if live.ndim < 3 else rows
@@ -877,7 +878,7 @@ class Plain:
             **CONSTANTS(self.program.dtype),
         }
         text = re.sub(r"@[^@]+@", "HERE.value", line).replace("~[", "[:, ")
-        text = text.replace("~max()", ".amax(1)").replace("~min()", ".amin(1)")
+        text = re.sub(r"~(max|min)\(\)", r".\1(1).values", text)
         text = re.sub(r"~(\w+)\(\)", r".\1(1)", text)
         text = text.replace("with COND(", "if bool(").replace("with OTHERWISE()", "else")
         text = re.sub(

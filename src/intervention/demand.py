@@ -21,7 +21,7 @@ from ..tracing.context import Tracer
 from ..tracing.errors import ScheduleError
 from ..tracing.graph import Box, Graph, arguments
 from ..tracing.node import CALL, PARAMETER, READ, WRITE, Captured, GradPoint, HookPoint, Node
-from ..tracing.operations import APPLY, PUT, SELECT, VIEW, Operation
+from ..tracing.operations import APPLY, GUARDED, PUT, SELECT, VIEW, Operation
 from ..tracing.structure import ATOMS, leaves, map_leaves
 from .order import Position, position
 from .plan import Plan, Resume
@@ -473,13 +473,14 @@ def _read_again(part: Part, graph: Graph) -> None:
         node = stack.pop()
         if type(node) is not Node:
             continue
-        if node.kind == CALL and node.target in (PUT, SELECT):
-            stack += node.args[:1] if node.target is PUT else node.args[2:]
-            continue
         known = part.graph.nodes[node.index]
-        is_known = node.kind == READ and known.target is KNOWN
-        if is_known and not isinstance(known.args[0].value, torch.Tensor):
+        if known.target is KNOWN and not isinstance(known.args[0].value, torch.Tensor):
             part.graph.nodes[node.index] = node
+        does = node.guarded if node.target is GUARDED else node
+        if does.target is PUT:
+            stack.append(does.args[0])
+        elif does.target is SELECT:
+            stack += does.args[2:]
 
 
 def _may_be_kept(node: Node, value: Any) -> bool:

@@ -205,7 +205,8 @@ def test_what_a_module_takes_is_edited_at_a_later_step_after_a_value_was_asked_f
     torch.testing.assert_close(found, seen[0], rtol=1e-4, atol=1e-5)
 
 
-def test_what_a_module_takes_is_edited_beside_the_mask_of_the_batch() -> None:
+@pytest.mark.parametrize("branch", [False, True])
+def test_what_a_module_takes_is_edited_beside_the_mask_of_the_batch(branch: bool) -> None:
     """The run that finds a value is of one prompt alone, which needs no mask."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -224,7 +225,11 @@ def test_what_a_module_takes_is_edited_beside_the_mask_of_the_batch() -> None:
             layer = model.model.layers[0]
             taken = layer.input
             layer.skip(taken * 0.5)
-            layer.input = taken + 0.25
+            if branch:
+                with tracer.cond(taken.sum() > -1e9):
+                    layer.input[:] += 0.25
+            else:
+                layer.input = taken + 0.25
             assert model.model.layers[1].self_attn.input.sum().item() != 0
             found.append(model.model.norm.output.save())
         with tracer.invoke(two):
