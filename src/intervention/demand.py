@@ -154,6 +154,7 @@ class Known:
         applied: those of them that a run has carried out.
         random: the generators' states at the first run, for runs that draw.
         steps: for each invoke, how many steps its generation has, and whether it then ends.
+        put_back: modules in training mode had counted a run, which was put back.
     """
 
     def __init__(self) -> None:
@@ -163,13 +164,14 @@ class Known:
         self.applied: dict[Place, Node] = {}
         self.random: list[torch.Tensor] | None = None
         self.steps: dict[int, tuple[int, bool]] = {}
+        self.put_back = False
         self._counted = False
         self._prompts = 0
 
     def anew(self) -> Known:
         """Of the same block, with nothing known but what it draws."""
         again = Known()
-        again.random = self.random
+        again.random, again.put_back = self.random, self.put_back
         return again
 
     # ---------------------------------------------------------------- what still holds

@@ -65,7 +65,7 @@ class Tensors:
         fake: a value without numbers of a node; may raise.
     """
 
-    __slots__ = ("_fake", "_kind", "_module", "_nodes", "_remembered")
+    __slots__ = ("_fake", "_kind", "_module", "_nodes", "_places", "_remembered")
 
     def __init__(
         self,
@@ -80,6 +80,7 @@ class Tensors:
         self._fake = fake
         # By node: numbers are given anew where a loop ends.
         self._nodes: dict[Node, bool] = {}
+        self._places: dict[tuple[str, str], bool] = {}
 
     def holds(self, node: Node) -> bool:
         """True if the value of `node` is known to be one tensor."""
@@ -138,10 +139,20 @@ class Tensors:
         if type(point) is GradPoint:
             return True
         assert type(point) is HookPoint
-        key = (self._kind, point.path, point.port)
+        place = (point.path, point.port)
+        found = self._places.get(place)
+        if found is None:
+            found = self._places[place] = self._of_model(read, point)
+        return found
+
+    def _of_model(self, read: Node, point: HookPoint) -> bool:
+        module = self._module(point.path)
+        # With the class: the module at a path may have been replaced since.
+        own = () if point.port == "result" else (type(module),)
+        key = (self._kind, point.path, point.port, *own)
         found = self._remembered.get(key)
         if found is None:
-            found = point.port == "output" and gives_tensor(self._module(point.path))
+            found = point.port == "output" and gives_tensor(module)
             found = self._remembered[key] = found or self._ask(read)
         return found
 

@@ -65,7 +65,7 @@ from ..tracing.structure import ATOMS, leaves, map_leaves
 from ..tracing.template import Template
 from . import edits
 from .architectures import stacks_of
-from .changing import Changing, changed_in
+from .changing import Changing, Statistics, changed_in
 from .edits import Held
 from .execution import Execution, free_memory, settings_of
 from .explain import Explanation, explain
@@ -772,9 +772,9 @@ class Model(Envoy):
         known: Known | None = tracer.recording.known
         if known is None:
             return self.run_block(tracer)
-        if tracer.graph.backwards or tracer.graph.stops or Changing(tracer):
+        if tracer.graph.backwards or tracer.graph.stops or known.put_back or Changing(tracer):
             # Autograd must see how values came to be, and the run where it is to stop; and arguments
-            # that a forward changes are to be as one forward leaves them.
+            # and statistics that a forward changes are to be as one forward leaves them.
             with self._draws(tracer, known, True):
                 return self.run_block(tracer)
         places = self._places(tracer)
@@ -862,8 +862,12 @@ class Model(Envoy):
 
     def _run_part(self, tracer: Tracer, known: Known, part: Part) -> Any:
         settings = dataclasses.replace(settings_of(tracer.settings), dead_code=True)
-        with self._draws(tracer, known, part.whole):
-            result = self.run_block(tracer.of_part(part, settings))
+        kept = None if part.whole else Statistics(self.module_tree())
+        try:
+            with self._draws(tracer, known, part.whole):
+                result = self.run_block(tracer.of_part(part, settings))
+        finally:
+            known.put_back |= kept is not None and kept.put_back()
         known.learn(part)
         return result
 

@@ -51,6 +51,31 @@ def changed_in(value: Any) -> list[Any]:
     return [leaf for leaf in leaves(value) if is_changed(leaf)]
 
 
+class Statistics:
+    """What modules in training mode keep of the forwards that they see, such as BatchNorm's means. A
+    forward for a value on demand is none that they count: the block's own comes after it."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._before = [
+            (child._buffers, name, buffer, buffer.clone())
+            for child in module.modules()
+            if child.training
+            for name, buffer in child._buffers.items()
+            if buffer is not None and not buffer.is_meta
+        ]
+
+    def put_back(self) -> bool:
+        """Let them be what they were; True if a forward has been counted."""
+        counted = False
+        with torch.no_grad():
+            for held, name, buffer, value in self._before:
+                # Not by its `_version`, which the kernels of BatchNorm leave as it is.
+                if held.get(name) is not buffer or not torch.equal(buffer, value):
+                    held[name], counted = buffer, True
+                    buffer.copy_(value)
+        return counted
+
+
 class Changing:
     """The arguments of one block that its forwards change."""
 

@@ -231,7 +231,9 @@ class Checkpoint:
             tokenizer = AutoTokenizer.from_pretrained(self._folder, padding_side=side, **self.hub)
         except (OSError, ValueError, KeyError, TypeError) as error:
             # Reported where a string prompt needs it: models are also run on token ids alone.
-            logger.info("no tokenizer for %r: %s", self.name, error)
+            code = "custom code" in str(error) or "trust_remote_code" in str(error)
+            text = self._not_found(error) if code else error
+            logger.log(logging.WARNING if code else logging.INFO, "no tokenizer: %s", text)
             return None
         return None if _is_blank(tokenizer) else tokenizer
 

@@ -250,6 +250,7 @@ class Invoker:
         """
         recording = self._recording
         if recording.state is OPEN and recording.invoke == self.index:
+            recording.asked.add(self.index)
             if recording.loop is not None:
                 raise BlockError(
                     "`mask` was asked for in what is recorded once for several steps or prompts: use "
@@ -359,6 +360,10 @@ class Tracer(Block):
             raise BlockError.has_input() if self._implicit else BlockError.nested()
         if not args and not kwargs:
             return self._append(None, user_line(2))
+        asked = self.recording.asked
+        early = next((i for i in self.invokes if i.prompt is None and i.index in asked), None)
+        if early is not None:
+            raise BlockError.late_prompt(early.location)
         invoker = self._append(self._backend.prepare(args, kwargs), user_line(2))
         self._place_edits(invoker)
         return invoker
@@ -504,6 +509,8 @@ class Tracer(Block):
 
     def _reaches(self, step: int) -> bool:
         invoke, stops = self.recording.invoke, self.graph.stops
+        if any(invoker.prompt is not None for invoker in self.invokes):
+            self.recording.asked.add(invoke)
         ends = (node for node in stops if node.invoke == invoke and node.target is STOP)
         if any(node.args[0] < step for node in ends):
             return False

@@ -237,6 +237,14 @@ class BlockError(GraftworkError):
         )
 
     @classmethod
+    def late_prompt(cls, location: Location) -> BlockError:
+        return cls(
+            "A prompt was opened after an invoke without input in which a size or a value of the whole "
+            f"batch was asked for: {location}\nThat counted the prompts before it alone. Open the "
+            "prompts first."
+        )
+
+    @classmethod
     def not_indexed(cls) -> BlockError:
         return cls(
             "`iter` is indexed, as a list is: `iter[0:3]`, `iter[[0, 2]]`, `iter[4]`; `iter[:]` and "

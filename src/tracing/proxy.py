@@ -119,6 +119,19 @@ _UFUNCS = {
 }
 
 
+def _no_port(name: str) -> Any:
+    """A value has no port: to read it asks `__getattr__`, and to assign it is refused."""
+
+    def read(proxy: Any) -> Any:
+        raise AttributeError(name)
+
+    def write(proxy: Any, value: Any) -> None:
+        getattr(proxy, name)  # what it should be, where a submodule has the name of a port
+        raise OperationError.attribute(name)
+
+    return property(read, write)
+
+
 class Proxy:
     """What every handle on a node of a recording does.
 
@@ -148,6 +161,9 @@ class Proxy:
     # What `save` makes of it: a tensor, or anything else.
     _kind: type[Handle]
     _tensor_kind: type[SavedTensor]
+    output = _no_port("output")
+    input = _no_port("input")
+    inputs = _no_port("inputs")
 
     if TYPE_CHECKING:
         # A tensor has C's: with one in Python it is a sequence to C, also where it is a scalar.
@@ -358,7 +374,7 @@ class Proxy:
         return self._length("len()")
 
     def _length(self, use: str) -> int:
-        fake = self._recording.ask().value(_current(self))
+        fake = _sized(self)
         recording = self._recording
         if recording.loop is not None and isinstance(fake, torch.Tensor) and fake.ndim:
             size = recording.ask().sizes(_current(self))[0]
@@ -397,7 +413,7 @@ class Proxy:
         if name in _SIZES and self._recording.loop is not None:
             return functools.partial(_lasting_size, self, name)
         if name in _SHAPE_METHODS or name in _SHAPE_PROPERTIES:
-            return getattr(self._recording.ask().value(_current(self)), name)
+            return getattr(_sized(self), name)
         if name in _ON_DEMAND:
             return lambda *args: getattr(self._on_demand(f".{name}()"), name)(*args)
         if name in METHODS and name not in _FIELDS_FIRST:
@@ -1503,10 +1519,17 @@ def measured(proxy: Proxy) -> Any:
     return proxy._recording.ask().value(_current(proxy))
 
 
+def _sized(proxy: Proxy) -> Any:
+    """As `measured`, for a user who is told a size of it."""
+    node = _current(proxy)
+    proxy._recording.asked.add(node.invoke)
+    return proxy._recording.ask().value(node)
+
+
 def _described(proxy: Proxy, part: Callable[[Any], Any]) -> Any:
     if proxy._recording.state is not OPEN:
         return part(proxy._known())
-    fake = proxy._recording.ask().value(_current(proxy))
+    fake = _sized(proxy)
     return map_leaves(lambda leaf: part(leaf) if isinstance(leaf, torch.Tensor) else leaf, fake)
 
 

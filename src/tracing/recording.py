@@ -89,11 +89,13 @@ class Recording:
         no_values: why no value can be had here; None where it can.
         no_gradients: why no `backward()` can be here; None where it can.
         early: checks what was recorded since, at its line; None where only the exit does.
+        asked: invokes whose sizes or values were asked for while the block was written.
         backward: which backward `.grad` means, inside `with loss.backward():`.
     """
 
     __slots__ = (
         "around",
+        "asked",
         "backward",
         "bound",
         "caches",
@@ -150,6 +152,7 @@ class Recording:
         self.decided: tuple[Node, int] | None = None
         self.around: dict[tuple[int, HookPoint], Any] = {}
         self.caches: list[Any] = []
+        self.asked: set[int] = set()
         self.backward: int | None = None
         self.no_gradients: str | None = None
         self.early: Callable[[], None] | None = None
@@ -185,6 +188,7 @@ class Recording:
         if self.no_values is not None or self.compute is None:
             reason = self.no_values or "this block runs elsewhere"
             raise NotRunError.no_values(use, node.describe(), reason, user_line(3))
+        self.asked.add(node.invoke)
         self.state = RUNNING
         try:
             return self.compute(node)

@@ -472,3 +472,25 @@ def test_a_port_of_a_submodule_called_output_has_another_spelling(bert_module: B
 def test_a_name_is_proposed_once(bert_module: BertModel) -> None:
     with pytest.raises(GraftworkError, match="Did you mean `output`\\?"):
         _ = LanguageModel(bert_module).encoder.layer[0].outpu
+
+
+def test_assigning_through_a_submodule_called_output_says_what_to_write() -> None:
+    config = BertConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+    )
+    model: Any = LanguageModel(BertModel(config).eval())
+    ids, layer = torch.tensor([[1, 2, 3]]), model.encoder.layer[0]
+    with pytest.raises(OperationError, match=r'write `encoder\.layer\.0\["output"\]\.output`'):
+        with model.trace(ids):
+            layer.output.output = torch.zeros(1, 3, 16)
+    with pytest.raises(OperationError, match=r"`\.output = …` of a value of the block"):
+        with model.trace(ids):
+            layer.attention.self.key.output.output = 3
+    with model.trace(ids):
+        layer["output"].output = torch.ones(1, 3, 16)
+        after = layer.output.save()
+    assert torch.equal(after.value, torch.ones(1, 3, 16))

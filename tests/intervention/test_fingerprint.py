@@ -100,3 +100,26 @@ def test_an_edited_view_follows_its_model(module: Any) -> None:
         assert edited.layers[0].mlp_post.shape == (1, 2, 40)
         value = edited.layers[0].mlp_post.save()
     assert value.value.shape == (1, 2, 40)
+
+
+class Pair(torch.nn.Module):
+    def forward(self, hidden: Any) -> Any:
+        return hidden, hidden * 2
+
+
+def test_a_replaced_module_that_gives_a_structure_is_asked_anew(module: Any) -> None:
+    model: Any = LanguageModel(module)
+    with model.trace([3, 4]):
+        before = model.model.norm.output.save()
+    assert isinstance(before, torch.Tensor)
+    module.model.layers[1].post_attention_layernorm = torch.nn.Sequential(Pair(), First())
+    module.model.norm = Pair()
+    module.lm_head = torch.nn.Sequential(First(), module.lm_head)
+    with model.trace([3, 4]):
+        pair = model.model.norm.output.save()
+    assert not isinstance(pair, torch.Tensor) and torch.equal(pair[1], pair[0] * 2)
+
+
+class First(torch.nn.Module):
+    def forward(self, hidden: Any) -> Any:
+        return hidden[0]

@@ -211,3 +211,32 @@ def test_what_cannot_be_copied_or_run_again_is_refused(model: Any, cache: Any) -
         net.trace(torch.ones(1, 3), Fixed()),
     ):
         float(net.first.output.sum())
+
+
+@pytest.mark.parametrize("prompts", [1, 2])
+def test_a_value_on_demand_is_no_forward_that_batchnorm_counts(prompts: int) -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).train()
+    module = copy.deepcopy(plain)
+    model, inputs, saved = Model(module), [torch.randn(5, 3) for _ in range(prompts)], []
+    with model.trace() as tracer:
+        for given in inputs:
+            with tracer.invoke(given):
+                assert model[1].output.sum() > -1e9
+                saved.append(model[2].output.save())
+    for given, found in zip(inputs, saved, strict=True):
+        torch.testing.assert_close(found.value, plain(given))
+    for name, buffer in plain.named_buffers():
+        torch.testing.assert_close(module.get_buffer(name), buffer)
+
+
+def test_a_block_whose_values_were_all_demanded_counts_once() -> None:
+    plain = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2)).train()
+    module, given = copy.deepcopy(plain), torch.randn(5, 3)
+    model = Model(module)
+    with model.trace(given):
+        hidden = model[0].output.save()
+        assert hidden.sum() > -1e9
+    torch.testing.assert_close(hidden.value, plain[0](given))
+    torch.testing.assert_close(module[0].running_mean, plain[0].running_mean)
+    assert module[0].num_batches_tracked == 1

@@ -1429,3 +1429,34 @@ def test_embeddings_have_the_width_of_the_model(
 ) -> None:
     with pytest.raises(InputError, match=sentence):
         model.trace(inputs_embeds=embeddings)
+
+
+def test_the_whole_batch_is_not_measured_before_its_prompts(model: Any, module: Any) -> None:
+    def asks(use: Any) -> None:
+        with model.trace() as tracer:
+            with tracer.invoke([3, 4]):
+                pass
+            with tracer.invoke() as whole:
+                use(model.lm_head.output, whole)
+            with tracer.invoke([5, 6]):
+                pass
+
+    for use in (
+        lambda value, whole: value.shape,
+        lambda value, whole: len(value),
+        lambda value, whole: bool(value.sum() > 0),
+        lambda value, whole: whole.mask,
+    ):
+        with pytest.raises(BlockError, match="A prompt was opened after an invoke without input"):
+            asks(use)
+    with model.trace() as tracer:
+        with tracer.invoke():
+            logits = model.lm_head.output.save()
+            named = model.layers[0].resid_post.save()
+        with tracer.invoke([3, 4]):
+            pass
+        with tracer.invoke([5, 6]):
+            pass
+    expected = module(torch.tensor([[3, 4], [5, 6]])).logits
+    torch.testing.assert_close(logits.value, expected, rtol=1e-4, atol=1e-5)
+    assert named.shape[:2] == (2, 2)
