@@ -464,3 +464,32 @@ def test_rows_stand_in_the_order_of_the_prompts_where_one_uses_another(
         with torch.no_grad():
             alone = module(torch.tensor([ids])).logits[0, -1]
         torch.testing.assert_close(logits[row], alone, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("most", [1e-9, 1000.0])
+def test_a_limit_of_time_ends_each_prompt_as_alone(module: Any, model: Any, most: float) -> None:
+    with model.generate(**PLAIN, max_time=most) as generator:
+        with generator.invoke(LONG) as one:
+            pass
+        with generator.invoke(SHORT) as other:
+            pass
+    assert one.output.tolist() == plain(module, LONG, max_time=most)
+    assert other.output.tolist() == plain(module, SHORT, max_time=most)
+
+
+def test_a_start_token_for_each_row_of_a_decoder() -> None:
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=61, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4, pad_token_id=0,
+        decoder_start_token_id=0, eos_token_id=None,
+    )  # fmt: skip
+    t5 = transformers.T5ForConditionalGeneration(config).eval()
+    ids, other = torch.tensor([[5, 17, 9], [3, 4, 8]]), torch.tensor([[7, 2], [9, 6]])
+    options = {**PLAIN, "decoder_start_token_id": [11, 3]}
+    with LanguageModel(t5).generate(**options) as generator:
+        with generator.invoke(ids) as one:
+            pass
+        with generator.invoke(other) as two:
+            pass
+    assert torch.equal(one.output, t5.generate(ids, **options))
+    assert torch.equal(two.output, t5.generate(other, **options))
