@@ -109,6 +109,21 @@ def test_code_in_a_folder_is_not_asked_about(
         LanguageModel(str(tmp_path))
 
 
+def test_a_tokenizer_with_code_of_its_own_is_not_asked_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformers.GPT2Config(n_embd=12, n_layer=1).save_pretrained(tmp_path)
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(own))
+    (tmp_path / "own.py").write_text("raise SystemExit")
+
+    def asked(*_: Any) -> str:
+        raise AssertionError("asked on the terminal")
+
+    monkeypatch.setattr("builtins.input", asked)
+    assert LanguageModel(str(tmp_path)).tokenizer is None
+
+
 _CODE = """
 from transformers import LlamaConfig, LlamaForCausalLM
 
