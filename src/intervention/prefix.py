@@ -68,15 +68,17 @@ class Prefix:
         hidden = next(leaf for leaf in leaves(output) if isinstance(leaf, torch.Tensor))
         for invoke in one.invokes:
             later = self._resume.keeps.get(invoke) == block
-            if not later and (invoke, block) not in self._left:
+            now = (invoke, block) in self._left
+            if not later and not now:
                 continue
             own = hidden
             if places is not None:
                 own = narrow(hidden, self._axes(block), places[invoke], rows, 1)
+            own = own.clone()
             if later:
-                self._resume.found[invoke] = (block, own.clone())
-            else:
-                self._kept[invoke, block] = own.clone()
+                self._resume.found[invoke] = (block, own)
+            if now:
+                self._kept[invoke, block] = own
 
     def _joining(self, one: Pass, invokes: list[int], run: Run) -> torch.Tensor:
         """Hidden states of the rows that join after a block; zeros where there is padding."""

@@ -242,6 +242,28 @@ def test_what_a_module_takes_is_edited_beside_the_mask_of_the_batch(branch: bool
     assert_close(found[0], expected)
 
 
+def test_a_value_of_two_prompts_that_begin_alike_is_asked_for(
+    gpt2: LanguageModel, ids: torch.Tensor
+) -> None:
+    """What the first blocks gave is kept for the other prompt of this run, and for the next run."""
+    module, own = gpt2.load(), ids[0, :6].tolist()
+    second = "transformer.h.1.attn.c_attn"
+    with gpt2.trace() as tracer:
+        with tracer.invoke(own):
+            first = gpt2.transformer.h[1].attn.c_attn.output
+            first *= 0.5
+            factor = first.norm().tanh() * gpt2.transformer.h[1].ln_2.input.norm().tanh() * 0.5
+        with tracer.invoke(own):
+            gpt2.transformer.h[1].attn.c_attn.output[:] *= factor
+            assert gpt2.transformer.h[1].attn.c_attn.output.sum().item() != 0
+            found = gpt2.transformer.h[1].output[0].save()
+            whole = factor.save()
+    expected = plain(
+        module, torch.tensor([own]), "transformer.h.1", {second: lambda out: out * whole}
+    )
+    assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_functions_whose_value_is_known_run_once(gpt2: LanguageModel, ids: torch.Tensor) -> None:
     calls = []
 
