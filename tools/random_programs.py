@@ -316,8 +316,8 @@ def _attention(
 
 
 _RUNNING: list[Plain] = []
-#: Computed names in several segments, beside an edit of what they are computed from in another, in
-#: branches, and older handles of an assigned one.
+#: Computed names in several segments, beside an edit of what they are computed from in another, and in
+#: branches.
 COMPUTED_IN_SEGMENTS = False
 #: Sizes of keys in steps after the first.
 SIZES_OF_KEYS = False
@@ -1155,10 +1155,6 @@ class Writer:
                         for old in own:
                             if self.rng.random() < 0.5:
                                 old.site = None
-                        if site.port == "heads_out" and not COMPUTED_IN_SEGMENTS:
-                            visible = [one for one in visible if one not in own]
-                            mine[:] = [one for one in mine if one not in own]
-                            own.clear()
         if own and self.rng.random() < 0.6:
             self.save(self.rng.choice(own), emit)
         for one in own:

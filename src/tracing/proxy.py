@@ -1167,6 +1167,10 @@ def assign(recording: Recording, proxy: Proxy, value: Any) -> None:
 _PARTS = frozenset({ELEMENT, FIRST_ARGUMENT, FIELD, GETITEM})
 
 
+# Among the parts that a recording knows: views that are computed.
+_COMPUTED = 0
+
+
 def _is_container_part(proxy: Proxy) -> bool:
     view = proxy._view
     if (
@@ -1245,6 +1249,13 @@ def _bind_anew(proxy: Proxy) -> None:
     while chain[-1]._parent is not None:
         chain.append(chain[-1]._parent)
     if any(one._view is not None and one._view[0].computed for one in chain):
+        for known in proxy._recording.parts.get(_COMPUTED, ()):
+            view = known()
+            if view is None or view is proxy or view._parent is None or view._view is None:
+                continue
+            if _same_view(view, proxy):
+                view._node, view._seen = _current(view), None
+                view._parent = view._view = None
         return
     chain.reverse()
     root, top = chain[0], 0
@@ -1358,6 +1369,8 @@ def _record(
         view = Handle(recording, node, None, first, (operation, lowered[1:], options), lowered[0])
         if isinstance(first, BlockOutput) or _is_container_part(view):
             recording.parts.setdefault(id(root_of(first)), []).append(ref(view))
+        elif operation.computed:
+            recording.parts.setdefault(_COMPUTED, []).append(ref(view))
         return view
     return Handle(recording, node)
 

@@ -345,3 +345,31 @@ def test_handles_from_before_a_loop(model: LanguageModel, plain: Plain) -> None:
     assert found[1].any() and not now[1].any()
     same(found[2], seen[0])
     same(now[2], seen[0] * 2)
+
+
+@pytest.mark.parametrize("name", ["head_out", "ln1_scale", "ln1_normalized"])
+def test_an_older_handle_keeps_what_was_there_before_an_assignment(name: str) -> None:
+    """As of a tensor: an assignment binds a new value, and the older one is nobody else's."""
+    model: Any = LanguageModel(build("llama"))
+    with model.trace(IDS):
+        layer = model.layers[LAYER]
+        old = getattr(layer, name)
+        part, before = old[:, :1], old.save()
+        setattr(layer, name, old * 0.5)
+        kept, kept_part = old.save(), part.save()
+        out = layer.attn_out.save()
+        old[:] = 7
+        changed, now = old.save(), getattr(layer, name).save()
+        layer_out = layer.attn_out.save()
+        new = getattr(layer, name)
+        new += 1
+        added, still = getattr(layer, name).save(), old.save()
+    plain = Plain("llama")
+    with plain.changed() as seen, torch.no_grad():
+        plain.hf(torch.tensor([IDS]))
+    torch.testing.assert_close(before, seen[name][0].reshape(before.shape))
+    assert torch.equal(kept, before) and torch.equal(kept_part, before[:, :1])
+    assert (changed == 7).all() and (still == 7).all()
+    torch.testing.assert_close(now, before * 0.5)
+    torch.testing.assert_close(added, before * 0.5 + 1)
+    assert torch.equal(out, layer_out)
