@@ -17,6 +17,8 @@ from ..tracing.structure import ATOMS, children, rebuild
 FIXED, BATCH, TOKEN, BATCH_TOKEN, UNKNOWN = "fixed", "batch", "token", "batch·token", "unknown"
 #: The tokens of the decoder where an encoder reads the prompt: prompts of a batch have equally many.
 TARGET, BATCH_TARGET = "target", "batch·target"
+#: The tokens that attention looks at: those of a forward behind the ones that a cache holds.
+KEY = "key"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -24,17 +26,19 @@ class Axis:
     """What one axis of a tensor counts.
 
     Attributes:
-        role: FIXED, BATCH, TOKEN, BATCH_TOKEN (both flattened into one), the same with TARGET, or
+        role: FIXED, BATCH, TOKEN, BATCH_TOKEN (both flattened into one), the same with TARGET, KEY, or
             UNKNOWN.
         factor: how many entries for each unit; for FIXED, the size.
+        window: of KEY, how many tokens the cache keeps at most; None if it keeps all.
     """
 
     role: str
     factor: int
+    window: int | None = None
 
-    def size(self, batch: int, tokens: int, targets: int = 1) -> int:
+    def size(self, batch: int, tokens: int, targets: int = 1, past: int = 0) -> int:
         """Entries on this axis for a batch of `batch` rows of `tokens` tokens, and `targets` of the
-        decoder's own."""
+        decoder's own, behind `past` that a cache has seen."""
         if self.role == BATCH:
             return self.factor * batch
         if self.role == TOKEN:
@@ -45,7 +49,13 @@ class Axis:
             return self.factor * targets
         if self.role == BATCH_TARGET:
             return self.factor * batch * targets
+        if self.role == KEY:
+            return self.factor * (self.kept(past) + targets)
         return self.factor
+
+    def kept(self, past: int) -> int:
+        """How many of `past` tokens a cache still holds."""
+        return past if self.window is None else min(past, self.window)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

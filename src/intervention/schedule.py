@@ -8,7 +8,9 @@ batch is the batch, 13 → 17 the tokens, 26 → 51 both flattened into one.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from .rows import (
     BATCH_TARGET,
     BATCH_TOKEN,
     FIXED,
+    KEY,
     TARGET,
     TOKEN,
     UNKNOWN,
@@ -35,9 +38,21 @@ from .source import forward_name, put_back, tapped_forward
 from .twins import Twins
 
 #: (batch, tokens) of the two trial forwards.
-SIZES = ((2, 13), (3, 17))
+SIZES: tuple[tuple[int, ...], ...] = ((2, 13), (3, 17))
 #: By the tokens of a trial, those of a decoder that has its own.
 TARGETS = {13: 11, 17: 19}
+
+
+def behind_cache(most: int | None) -> tuple[tuple[int, ...], ...]:
+    """(batch, tokens, past) of the trial forwards behind a cache that has seen `past` tokens: one, and
+    more than any cache keeps. A fake tensor costs the same at any size.
+
+    Args:
+        most: tokens that the model can have in all; None where nothing limits them.
+    """
+    past = 1 << 24 if most is None else max(2, most - max(TARGETS.values()))
+    return (2, 13, 1), (3, 17, past), (2, 13, past)
+
 
 Key = tuple[str, str, int]
 
@@ -88,19 +103,21 @@ class Schedule:
 
 def measure(
     module: torch.nn.Module,
-    make_inputs: Callable[[int, int], tuple[tuple[Any, ...], dict[str, Any]]],
+    make_inputs: Callable[..., tuple[tuple[Any, ...], dict[str, Any]]],
     sorts: Callable[[torch.nn.Module], bool] = lambda module: False,
     inner: Iterable[tuple[str, str]] = (),
+    sizes: tuple[tuple[int, ...], ...] = SIZES,
 ) -> Schedule:
-    """Run `module` twice on fake tensors and compare.
+    """Run `module` a few times on fake tensors and compare.
 
     Args:
         module: a skeleton on the meta device, or a real module.
-        make_inputs: called under the fake mode with (batch, tokens); gives args and kwargs of the
-            forward.
+        make_inputs: called under the fake mode with the sizes of each trial; gives args and kwargs of
+            the forward. What it runs of the module to have them is not noted.
         sorts: true for modules that bring the tokens of the batch into an order that depends on the
             data, as experts do. What is inside them belongs to no prompt, and is not in the schedule.
         inner: operations inside forwards that are measured, too: paths of modules, and ports.
+        sizes: of the trials, `SIZES` or those of `behind_cache`.
 
     Raises:
         ScheduleError: the module cannot be run on fake tensors.
@@ -109,9 +126,10 @@ def measure(
         callees: dict[tuple[str, str], Any] = {}
 
         def trials() -> list[Any]:
-            return [_arrivals(module, make_inputs, *size, inner, callees) for size in SIZES]
+            return [_arrivals(module, make_inputs, size, inner, callees) for size in sizes]
 
-        trial, (second, _) = uninterrupted(trials)
+        with quiet():
+            trial, *others = uninterrupted(trials)
         first = trial[0]
         every = module.named_modules(remove_duplicate=False)
         inside = tuple(f"{path}." for path, child in every if sorts(child))
@@ -120,7 +138,8 @@ def measure(
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".split("\n", 1)[0]
         raise ScheduleError.no_schedule("This block", reason) from error
-    if [event.key for event in first] != [event.key for event in second]:
+    keys = [event.key for event in first]
+    if any(keys != [event.key for event in other] for other, _ in others):
         raise ScheduleError.no_schedule(
             "This block", "the order of its modules depends on its input"
         )
@@ -131,16 +150,34 @@ def measure(
     visits = {
         one.key: Visit(
             order,
-            _compare(one.shapes, other.shapes),
+            _compare([one.shapes, *(events[order].shapes for events, _ in others)], sizes),
             all(changed.get(memory, 0) <= order for _, memory, _ in one.tensors),
         )
-        for order, (one, other) in enumerate(zip(first, second, strict=True))
+        for order, one in enumerate(first)
         if not inside or not one.key[0].startswith(inside)
     }
-    chain = find_chain(module, *trial)
+    # Caches are left out of runs that skip blocks.
+    chain = find_chain(module, *trial) if sizes is SIZES else ()
     if not all(_is_hidden(visits[path, "output", 0].axes) for path in chain):
         chain = ()
     return Schedule(visits, chain, callees)
+
+
+_noise = logging.getLogger("torch._subclasses.fake_tensor")
+
+
+def _nothing(_: logging.LogRecord) -> bool:
+    return False
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what torch logs of errors on fake tensors before it raises them, with its own frames."""
+    _noise.addFilter(_nothing)
+    try:
+        yield
+    finally:
+        _noise.removeFilter(_nothing)
 
 
 def _is_hidden(axes: Any) -> bool:
@@ -320,9 +357,8 @@ def _inside(first: int, last: int, spans: list[tuple[int, int]]) -> dict[int, in
 
 def _arrivals(
     module: torch.nn.Module,
-    make_inputs: Callable[[int, int], tuple[tuple[Any, ...], dict[str, Any]]],
-    batch: int,
-    tokens: int,
+    make_inputs: Callable[..., tuple[tuple[Any, ...], dict[str, Any]]],
+    size: tuple[int, ...],
     inner: Iterable[tuple[str, str]] = (),
     callees: dict[tuple[str, str], Any] | None = None,
 ) -> tuple[list[_Event], list[_Use]]:
@@ -417,7 +453,9 @@ def _arrivals(
             setattr(child, name, twins.forward(path, forward, getattr(child, name)))
         module.eval()
         with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
-            args, kwargs = make_inputs(batch, tokens)
+            args, kwargs = make_inputs(*size)
+            events.clear()
+            calls.clear()
             with ledger:
                 module(*args, **kwargs)
 
@@ -454,32 +492,56 @@ def _shapes(value: Any) -> Any:
     return rebuild(value, [_shapes(part) for part in parts])
 
 
-def _compare(value: Any, other: Any) -> Any:
-    if isinstance(value, _Shape):
-        if not isinstance(other, _Shape) or len(value.sizes) != len(other.sizes):
+def _compare(values: list[Any], sizes: tuple[tuple[int, ...], ...]) -> Any:
+    """The axes of a value, from its shapes in each trial."""
+    first = values[0]
+    if isinstance(first, _Shape):
+        if any(not isinstance(one, _Shape) or len(one.sizes) != len(first.sizes) for one in values):
             return None
-        axes = tuple(_axis(a, b) for a, b in zip(value.sizes, other.sizes, strict=True))
-        return TensorAxes(axes, value.dtype)
-    if type(value) in ATOMS:
-        return value
-    mine, theirs = children(value), children(other)
-    if mine is None or theirs is None or len(mine) != len(theirs):
+        found = zip(*(one.sizes for one in values), strict=True)
+        return TensorAxes(tuple(_axis(entries, sizes) for entries in found), first.dtype)
+    if type(first) in ATOMS:
+        return first
+    parts = [part for part in map(children, values) if part is not None]
+    if len(parts) < len(values) or len({len(part) for part in parts}) > 1:
         return None
-    return rebuild(value, [_compare(a, b) for a, b in zip(mine, theirs, strict=True)])
+    return rebuild(first, [_compare(list(each), sizes) for each in zip(*parts, strict=True)])
 
 
-def _axis(a: int, b: int) -> Axis:
-    if a == b:
-        return Axis(FIXED, a)
-    (batch_a, tokens_a), (batch_b, tokens_b) = SIZES
-    targets_a, targets_b = TARGETS[tokens_a], TARGETS[tokens_b]
-    for role, unit_a, unit_b in (
-        (BATCH, batch_a, batch_b),
-        (TOKEN, tokens_a, tokens_b),
-        (BATCH_TOKEN, batch_a * tokens_a, batch_b * tokens_b),
-        (TARGET, targets_a, targets_b),
-        (BATCH_TARGET, batch_a * targets_a, batch_b * targets_b),
+def _axis(entries: tuple[int, ...], sizes: tuple[tuple[int, ...], ...]) -> Axis:
+    """What an axis counts that has so many entries in trials of these sizes."""
+    if len(set(entries)) == 1:
+        return Axis(FIXED, entries[0])
+    batches, tokens, *past = zip(*sizes, strict=True)
+    targets = tuple(TARGETS[one] for one in tokens)
+    for role, units in (
+        (BATCH, batches),
+        (TOKEN, tokens),
+        (BATCH_TOKEN, _times(batches, tokens)),
+        (TARGET, targets),
+        (BATCH_TARGET, _times(batches, targets)),
     ):
-        if a % unit_a == 0 and a // unit_a * unit_b == b:
-            return Axis(role, a // unit_a)
-    return Axis(UNKNOWN, a)
+        factor, rest = divmod(entries[0], units[0])
+        if not rest and entries == _times((factor,) * len(units), units):
+            return Axis(role, factor)
+    for held in past:
+        for new in (tokens, targets):
+            found = _keys(entries, new, held)
+            if found is not None:
+                return found
+    return Axis(UNKNOWN, entries[0])
+
+
+def _keys(entries: tuple[int, ...], new: tuple[int, ...], past: tuple[int, ...]) -> Axis | None:
+    """An axis of keys, if they are those of so many new tokens behind so many in a cache."""
+    factor, rest = divmod(entries[0], past[0] + new[0])
+    if rest or not factor:
+        return None
+    kept = entries[-1] // factor - new[-1]
+    axis = Axis(KEY, factor, None if kept == past[-1] else kept)
+    each = zip(entries, new, past, strict=True)
+    return axis if all(n == axis.size(0, t, t, p) for n, t, p in each) else None
+
+
+def _times(ones: tuple[int, ...], others: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(a * b for a, b in zip(ones, others, strict=True))

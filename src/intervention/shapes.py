@@ -7,9 +7,8 @@ says their structure. Nothing here needs weights.
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Callable, Hashable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
@@ -21,6 +20,7 @@ from ..tracing.errors import (
     NotRunError,
     OperationError,
     ScheduleError,
+    UnmeasuredError,
     UnreachedError,
 )
 from ..tracing.frames import entry
@@ -34,16 +34,20 @@ from .rows import (
     BATCH,
     BATCH_TARGET,
     BATCH_TOKEN,
+    KEY,
     TARGET,
     TOKEN,
     UNKNOWN,
+    Axis,
     Opaque,
     TensorAxes,
     map_axes,
 )
-from .schedule import SIZES, Schedule
+from .schedule import SIZES, Schedule, quiet
 from .tensors import Tensors
 
+#: What torch raises where a recorded operation does not fit other sizes than the prompt's own.
+UNFIT = (RuntimeError, IndexError, ValueError, TypeError)
 #: What a module has under these names is no submodule.
 _PORTS = frozenset({"output", "input", "inputs", "skip", "source", "functions", "calls"})
 
@@ -67,7 +71,8 @@ class Prompt(Protocol):
 class Structure(Protocol):
     """What is known of a model without its weights."""
 
-    def schedule(self, prompt: Any, tracer: Tracer) -> Schedule: ...
+    def schedule(self, prompt: Any, tracer: Tracer, *, continued: bool = False) -> Schedule:
+        """What the forward does; `continued`, behind a cache that holds tokens."""
 
     def meta_module(self, path: str) -> torch.nn.Module: ...
 
@@ -103,8 +108,12 @@ class Structure(Protocol):
     def rows_each(self, tracer: Tracer, path: str) -> int:
         """Rows that a module of a generation has for each row of a prompt: beams, say."""
 
-    def past(self, tracer: Tracer) -> int:
-        """Tokens of the prompt for which the user's own cache stands in a generation."""
+    def cached(self, tracer: Tracer, prompt: Any) -> int:
+        """Tokens that the user's own cache holds before the first forward."""
+
+    def grows_cache(self, tracer: Tracer, prompt: Any) -> bool:
+        """False if a cache has other entries than the tokens so far, as a static one has, so that only
+        the run tells how many keys there are."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -115,11 +124,33 @@ class Layout:
         tokens: the axes that count tokens; of an attention pattern, those of queries and of keys.
         rows: the one that counts rows, where it is known.
         flat: the first of `tokens` counts the tokens of several rows together.
+        keys: those of `tokens` that count keys, where a cache holds some of them.
     """
 
     tokens: tuple[int, ...]
     rows: int | None
     flat: bool = False
+    keys: tuple[int, ...] = ()
+
+
+class Size(NamedTuple):
+    """The sizes of one forward.
+
+    Attributes:
+        batch: rows.
+        tokens: of a row, with its padding; where an encoder reads the prompt, the encoder's.
+        targets: as many as `tokens`; of a decoder, its own.
+        past: tokens that the cache has seen before; None where that does not tell what it holds.
+    """
+
+    batch: int
+    tokens: int
+    targets: int
+    past: int | None
+
+
+#: Why the sizes of keys are not known.
+_ROOM = "it has the keys of a cache whose room is not the tokens so far"
 
 
 class Shapes:
@@ -133,14 +164,23 @@ class Shapes:
         self._trials: list[Fakes] | None = None
         self._open: dict[int, list[Fakes]] = {}
         self._layouts: dict[int, tuple[Node, Layout]] = {}
+        self._continued: dict[tuple[bool, int], bool] = {}
 
     @entry
     def value(self, node: Node) -> Any:
-        """A fake value of `node`. Raises ScheduleError if the model cannot be run fake."""
+        """A fake value of `node`.
+
+        Raises:
+            ScheduleError: the model cannot be run fake.
+            UnmeasuredError: only the run tells the sizes of this value.
+        """
         if self._fakes is None:
             self._structure.refresh()
             self._fakes = Fakes(self._structure, self._size, self._schedule)
-        return self._fakes.value(node)
+        found = self._fakes.value(node)
+        if type(found) is Opaque:
+            raise UnmeasuredError.unknown(node.describe(), found.reason)
+        return found
 
     def is_tensor(self, node: Node) -> bool:
         """True if the value of `node` is known to be one tensor."""
@@ -187,7 +227,34 @@ class Shapes:
         return [prompt] if prompt is not None else [i.prompt for i in invokes if i.prompt]
 
     def _schedule(self, node: Node) -> Schedule:
-        return self._structure.schedule(next(iter(self._prompts(node)), None), self._tracer)
+        first = next(iter(self._prompts(node)), None)
+        continued = self._continues(first, _step(node))
+        return self._structure.schedule(first, self._tracer, continued=continued)
+
+    def _continues(self, prompt: Prompt | None, step: int) -> bool:
+        """True if a forward finds keys of earlier tokens in a cache."""
+        at = step > 0, id(prompt)
+        found = self._continued.get(at)
+        if found is None:
+            structure, tracer = self._structure, self._tracer
+            if step:
+                found = structure.keeps_cache(tracer)
+            else:
+                held = structure.cached(tracer, prompt)
+                found = held > 0 or not structure.grows_cache(tracer, prompt)
+            self._continued[at] = found
+        return found
+
+    def _held(self, prompts: list[Prompt], step: int) -> int | None:
+        """Tokens in the cache before the forward of a step; None where only the run tells what it
+        holds."""
+        structure, tracer, first = self._structure, self._tracer, next(iter(prompts), None)
+        if not structure.grows_cache(tracer, first):
+            return None
+        if not step:
+            return structure.cached(tracer, first)
+        begun = structure.targets(tracer, first)
+        return (max(p.width for p in prompts) if begun is None else begun) + step - 1
 
     def _targets(self, prompts: list[Prompt], step: int) -> int | None:
         """Tokens of a decoder in the forward of a step; None where it has none of its own."""
@@ -196,16 +263,24 @@ class Shapes:
             return first
         return 1 if self._structure.keeps_cache(self._tracer) else first + step
 
-    def _spans(self, node: Node, step: int) -> tuple[list[tuple[int, int]], int]:
-        """Where the tokens of each row that the invoke of `node` sees lie, and the width of a row."""
+    def _spans(
+        self, node: Node, step: int, keys: bool = False
+    ) -> tuple[list[tuple[int, int]], int]:
+        """Where the tokens of each row that the invoke of `node` sees lie, and the width of a row.
+
+        Args:
+            keys: of the axis that counts keys, where a cache holds some of them.
+        """
         prompts, each = self._prompts(node), self._each(node)
+        rows = sum(len(p.spans) * each for p in prompts)
         targets = self._targets(prompts, step)
         if targets is not None:
             if self._counts_targets(node):
-                return [(0, targets)] * sum(len(p.spans) * each for p in prompts), targets
+                width = targets + (self._held(prompts, step) or 0) * keys
+                return [(0, width)] * rows, width
             step = 0  # an encoder reads the prompt once
-        if step and self._structure.keeps_cache(self._tracer):
-            return [(0, 1)] * sum(len(p.spans) * each for p in prompts), 1
+        if step and not keys and self._structure.keeps_cache(self._tracer):
+            return [(0, 1)] * rows, 1
         width = max((p.width for p in prompts), default=0)
         right = self._structure.pads_right
         before = [0 if right else width - p.width for p in prompts]
@@ -215,15 +290,30 @@ class Shapes:
             for start, stop in p.spans
             for _ in range(each)
         ]
-        past = self._past(step)
-        if past:
-            spans = [(max(0, start - past), stop - past) for start, stop in spans]
-        return spans, width + step - past
+        unseen = self._unseen(node, step, keys)
+        if unseen:
+            spans = [(max(0, start - unseen), max(0, stop - unseen)) for start, stop in spans]
+        return spans, width + step - unseen
 
-    def _past(self, step: int) -> int:
-        """Tokens of the prompt that no forward of a generation sees: a cache stands for them."""
-        tracer = self._tracer
-        return self._structure.past(tracer) if tracer.generates and not step else 0
+    def _unseen(self, node: Node, step: int, keys: bool = False) -> int:
+        """Tokens of the prompt that are not on the axis of tokens: a cache stands for them, or does not
+        hold their keys any more. Less than none where keys come before the prompt's own."""
+        prompts, generates = self._prompts(node), self._tracer.generates
+        held = self._held(prompts, step)
+        if not keys:
+            return held or 0 if generates and not step else 0
+        if held is None:
+            raise UnmeasuredError.unknown(node.describe(), _ROOM)
+        kept = next((axis.kept(held) for axis in self._key_axes(node)), held)
+        return held - kept if generates else -kept
+
+    def _key_axes(self, node: Node) -> list[Axis]:
+        """The axes of keys where `node` comes from."""
+        point, found = _origin(node), list[Axis]()
+        if isinstance(point, HookPoint):
+            axes = self._schedule(node).axes(point)
+            map_axes(lambda one: found.extend(a for a in one.axes if a.role == KEY), axes)
+        return found
 
     def _each(self, node: Node) -> int:
         """Rows for each row of a prompt, where `node` comes from."""
@@ -241,16 +331,17 @@ class Shapes:
         map_axes(
             lambda axes: roles.extend(a.role for a in axes.axes), self._schedule(node).axes(point)
         )
-        return next((role for role in roles if role in (TOKEN, TARGET)), TOKEN) == TARGET
+        return next((role for role in roles if role in (TOKEN, TARGET, KEY)), TOKEN) != TOKEN
 
-    def _size(self, node: Node) -> tuple[int, int, int]:
+    def _size(self, node: Node) -> Size:
         hook_point: HookPoint = node.target
         prompts = self._prompts(node)
         targets = self._targets(prompts, hook_point.step)
         spans, tokens = self._spans(node, hook_point.step)
+        held = self._held(prompts, hook_point.step)
         if targets is None:
-            return len(spans), tokens, tokens
-        return len(spans), max((p.width for p in prompts), default=0), targets
+            return Size(len(spans), tokens, tokens, held)
+        return Size(len(spans), max((p.width for p in prompts), default=0), targets, held)
 
     def token_axis(self, node: Node) -> int:
         """Which axis of the value of `node` counts tokens.
@@ -286,33 +377,38 @@ class Shapes:
         return found[1]
 
     def _layout(self, node: Node) -> Layout:
-        axes, several = self._measured(node), len(self.spans(node)[0]) > 1
+        rows_seen = len(self._spans(node, _step(node))[0])
+        axes, several = self._measured(node), rows_seen > 1
         if isinstance(axes, TensorAxes):
             roles = [axis.role for axis in axes.axes]
             counted = next((role for role in roles if role in (TOKEN, TARGET)), TOKEN)
             tokens = tuple(
-                i for i, a in enumerate(axes.axes) if a.role == counted and a.factor == 1
+                i for i, a in enumerate(axes.axes) if a.role in (counted, KEY) and a.factor == 1
             )
+            keys = tuple(i for i in tokens if roles[i] == KEY)
             rows = roles.index(BATCH) if BATCH in roles else None
             flat = next((i for i, r in enumerate(roles) if r in (BATCH_TOKEN, BATCH_TARGET)), None)
             if not tokens and flat is not None:
                 return Layout((flat,), None, several)
             if tokens:
-                return Layout(tokens, rows)
+                return Layout(tokens, rows, keys=keys)
         if self._trials is None:
             # No shorter than the prompts, whose tokens may be named.
             width = max((i.prompt.width for i in self._tracer.invokes if i.prompt), default=0)
             first, second = (width + tokens for _, tokens in SIZES)
-            batch = 7 * len(self.spans(node)[0]) + 1  # no multiple of the rows that there are
-            trials = ((None, first), (None, second), (batch, first))
+            batch = 7 * rows_seen + 1  # no multiple of the rows that there are
+            trials = ((None, first, 0), (None, second, 0), (batch, first, 0), (None, first, 1))
             self._trials = [self._sized(*size) for size in trials]
         try:
-            one, longer = (trial.value(node) for trial in self._trials[:2])
+            one, longer, behind = (self._trials[i].value(node) for i in (0, 1, 3))
         except ScheduleError:
             raise
-        except Exception:
+        except UNFIT:
             # A captured tensor fits this prompt's own length alone: find that length instead.
-            return Layout((self._axis_of_length(node),), self._axis_of_rows(node))
+            axis, counts = self._axis_of_length(node)
+            return Layout((axis,), self._axis_of_rows(node), keys=(axis,) if counts else ())
+        if type(one) is Opaque:
+            raise UnmeasuredError.unknown(node.describe(), one.reason)
         if isinstance(one, torch.Tensor) and one.ndim == longer.ndim:
             pairs = zip(one.shape, longer.shape, strict=True)
             found = tuple(i for i, (a, b) in enumerate(pairs) if a != b)
@@ -320,10 +416,11 @@ class Shapes:
                 rows = self._row_axis(node, one.shape) if several else None
                 flat = several and rows == found[0]
                 grown = longer.shape[found[0]] - one.shape[found[0]]
-                each = len(self.spans(node)[0]) if flat else 1
+                each = rows_seen if flat else 1
                 if grown != each * (SIZES[1][1] - SIZES[0][1]):
                     raise _no_rows(node, found[0])
-                return Layout(found, None if flat else rows, flat)
+                keys = tuple(i for i in found if behind.shape[i] != one.shape[i])
+                return Layout(found, None if flat else rows, flat, keys)
         raise OperationError(f"`.t`: {node.describe()} has no axis that counts tokens.")
 
     def _row_axis(self, node: Node, shape: torch.Size) -> int | None:
@@ -331,7 +428,7 @@ class Shapes:
         assert self._trials is not None
         try:
             other = self._trials[2].value(node)
-        except Exception:  # a captured tensor fits this batch alone
+        except UNFIT:  # a captured tensor fits this batch alone
             return self._axis_of_rows(node)
         if not isinstance(other, torch.Tensor) or other.ndim != len(shape):
             return None
@@ -339,7 +436,7 @@ class Shapes:
         return found[0] if len(found) == 1 else self._axis_of_rows(node)
 
     def _axis_of_rows(self, node: Node) -> int | None:
-        value, (spans, width) = self.value(node), self.spans(node)
+        value, (spans, width) = self.value(node), self._spans(node, _step(node))
         if not isinstance(value, torch.Tensor) or len(spans) == width:
             return None
         found = [i for i, size in enumerate(value.shape) if size == len(spans)]
@@ -356,17 +453,19 @@ class Shapes:
             # No shorter than the prompts, whose tokens may be named.
             width = max((p.width for p in self._prompts(node)), default=0)
             trials = self._open[invoke] = [
-                self._sized(batch if invoke < 0 else None, width + tokens)
+                self._sized(batch if invoke < 0 else None, width + tokens, 0)
                 for batch, tokens in SIZES
             ]
         first, second = (trial.value(node).shape for trial in trials)
         return [a if a == b else None for a, b in zip(first, second, strict=True)]
 
-    def _sized(self, batch: int | None, tokens: int) -> Fakes:
+    def _sized(self, batch: int | None, tokens: int, past: int) -> Fakes:
         """Fake values for other prompts."""
 
-        def size(node: Node) -> tuple[int, int, int]:
-            return self._size(node)[0] if batch is None else batch, tokens, tokens
+        def size(node: Node) -> Size:
+            own = self._size(node)
+            rows = own.batch if batch is None else batch
+            return Size(rows, tokens, tokens, None if own.past is None else past)
 
         return Fakes(self._structure, size, self._schedule)
 
@@ -388,14 +487,14 @@ class Shapes:
         parts = whole if isinstance(whole, (tuple, list)) else ()
         return parts[node.args[1]] if node.args[1] < len(parts) else None
 
-    def _axis_of_length(self, node: Node) -> int:
-        value = self.value(node)
-        hook_point = _origin(node)
-        _, tokens = self._spans(node, hook_point.step if hook_point is not None else 0)
+    def _axis_of_length(self, node: Node) -> tuple[int, bool]:
+        """The axis of a value that is as long as its tokens are many, and whether these are keys."""
+        value, keys = self.value(node), bool(self._key_axes(node))
+        _, tokens = self._spans(node, _step(node), keys)
         if isinstance(value, torch.Tensor):
             found = [i for i, size in enumerate(value.shape) if size == tokens]
             if len(found) == 1:
-                return found[0]
+                return found[0], keys
         raise OperationError(
             f"`.t`: which axis of {node.describe()} counts tokens cannot be told; index that axis."
         )
@@ -403,14 +502,24 @@ class Shapes:
     def positions(self, node: Node) -> list[tuple[int, int, int]]:
         """Where the own tokens of each row lie on the token axis of the value of `node`: first column,
         the column behind the last, and the number of the first among the prompt's own tokens."""
-        hook_point = _origin(node)
-        step = hook_point.step if hook_point is not None else 0
-        spans, width = self._spans(node, step)
-        if not step or width > 1:
-            return [(start, stop, self._past(step)) for start, stop in spans]
+        step, keys = _step(node), self._counts_keys(node)
+        spans, width = self._spans(node, step, keys)
+        if keys or not step or width > 1:
+            unseen = max(0, self._unseen(node, step, keys))
+            return [(start, stop, unseen) for start, stop in spans]
         each = range(self._each(node))
         lengths = [stop - start for p in self._prompts(node) for start, stop in p.spans]
         return [(0, 1, length + step - 1) for length in lengths for _ in each]
+
+    def _counts_keys(self, node: Node) -> bool:
+        """True if the first axis of tokens counts keys, of which a cache holds some."""
+        if not self._continues(next(iter(self._prompts(node)), None), _step(node)):
+            return False
+        try:
+            layout = self.layout(node)
+        except OperationError:
+            return False  # no axis counts tokens
+        return layout.tokens[0] in layout.keys
 
     def own_rows(self, node: Node) -> list[tuple[int, int, int]]:
         """As `positions`; nothing where the rows have no padding, and are told apart by an axis."""
@@ -423,14 +532,17 @@ class Shapes:
         return self.positions(node)
 
     def _refuse_past(self, node: Node, key: str) -> None:
-        """Raise InputError where a cache of the user's stands for the first tokens."""
-        hook_point = _origin(node)
-        past = self._past(hook_point.step if hook_point is not None else 0)
-        if past:
-            raise InputError(
-                f"`.t{key}`: a cache stands for the prompt's first {past} tokens, which no forward "
-                "sees. Count from the prompt's end, `.t[-1]`."
+        """Raise InputError where the first tokens are not there: a cache of the user's stands for them,
+        or no longer holds them."""
+        keys = self._counts_keys(node)
+        unseen = self._unseen(node, _step(node), keys)
+        if unseen > 0:
+            reason = (
+                f"the cache of this layer no longer holds the keys of the first {unseen} tokens"
+                if keys
+                else f"a cache stands for the prompt's first {unseen} tokens, which no forward sees"
             )
+            raise InputError(f"`.t{key}`: {reason}. Count from the end, `.t[-1]`.")
 
     def _counted(self, node: Node, width: int) -> None:
         """Note that positions of the tokens of these prompts are in the graph.
@@ -453,8 +565,11 @@ class Shapes:
 
     def spans(self, node: Node) -> tuple[list[tuple[int, int]], int]:
         """Where the own tokens of each row lie in the value of `node`, and the width of a row."""
-        hook_point = _origin(node)
-        return self._spans(node, hook_point.step if hook_point is not None else 0)
+        return self._spans(node, _step(node), self._counts_keys(node))
+
+    def spans_of_keys(self, node: Node) -> tuple[list[tuple[int, int]], int]:
+        """As `spans`, on an axis that counts keys."""
+        return self._spans(node, _step(node), keys=True)
 
     def mask(self, invoke: int, step: int) -> torch.Tensor:
         """Which columns of each row of an invoke are own tokens: [row, token]."""
@@ -599,11 +714,10 @@ def _origin(node: Node) -> HookPoint | None:
     return None if source is None else source.target
 
 
-_noise = logging.getLogger("torch._subclasses.fake_tensor")
-
-
-def _nothing(_: logging.LogRecord) -> bool:
-    return False
+def _step(node: Node) -> int:
+    """The forward that a value comes from."""
+    point = _origin(node)
+    return 0 if point is None else point.step
 
 
 class Fakes:
@@ -615,7 +729,7 @@ class Fakes:
     def __init__(
         self,
         structure: Structure,
-        size: Callable[[Node], tuple[int, int, int]],
+        size: Callable[[Node], Size],
         schedule: Callable[[Node], Schedule],
     ) -> None:
         self._structure = structure
@@ -657,17 +771,20 @@ class Fakes:
         return self._values[node.index]
 
     def _evaluate(self, node: Node) -> Any:
+        given = (self._values[a.index] for a in arguments(node))
+        unknown = next((value for value in given if type(value) is Opaque), None)
+        if unknown is not None:
+            return unknown  # what is computed of it has no sizes, either
+
         def evaluate() -> Any:
             with torch.no_grad(), self._mode:
                 return self._interpreter.evaluate(node)
 
-        _noise.addFilter(_nothing)  # torch logs what it raises here, with its own frames
         try:
-            return uninterrupted(evaluate)
+            with quiet():
+                return uninterrupted(evaluate)
         except DynamicOutputShapeException:
             raise NotRunError.on_demand("shape", node.describe(), node.location) from None
-        finally:
-            _noise.removeFilter(_nothing)
 
     def _call(self, path: str, *args: Any, **kwargs: Any) -> Any:
         return self._structure.meta_module(path).forward(*args, **kwargs)
@@ -679,12 +796,14 @@ class Fakes:
         axes = self._schedule(node).axes(hook_point)
         if axes is None:
             raise UnreachedError.place(str(hook_point))
-        batch, tokens, targets = self._size(node)
+        batch, tokens, targets, past = self._size(node)
 
         def make(tensor: TensorAxes) -> Any:
             if any(axis.role == UNKNOWN for axis in tensor.axes):
                 return Opaque("its axes are neither batch nor token nor fixed")
-            sizes = [axis.size(batch, tokens, targets) for axis in tensor.axes]
+            if past is None and any(axis.role == KEY for axis in tensor.axes):
+                return Opaque(_ROOM)
+            sizes = [axis.size(batch, tokens, targets, past or 0) for axis in tensor.axes]
             return torch.empty(sizes, dtype=tensor.dtype, device="meta")
 
         def read() -> Any:

@@ -153,7 +153,10 @@ class Tensors:
         found = self._remembered.get(key)
         if found is None:
             found = point.port == "output" and gives_tensor(module)
-            found = self._remembered[key] = found or self._ask(read)
+            # The same in every step; a later one would have to be measured by itself.
+            at = point._replace(step=0)
+            first = Node(-1, READ, at, (), {}, read.invoke, read.file, read.line)
+            found = self._remembered[key] = found or self._ask(first)
         return found
 
     def _ask(self, node: Node) -> bool:

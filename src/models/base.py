@@ -43,6 +43,7 @@ from ..intervention import (
 )
 from ..intervention.fingerprint import fingerprint
 from ..intervention.rows import bytes_each
+from ..intervention.schedule import SIZES, behind_cache
 from ..intervention.source import InnerOperation
 from ..policies import HookConfig, Hooks
 from ..tracing.context import Tracer, current_tracer
@@ -543,14 +544,18 @@ class Model(Envoy):
     def rows_each(self, tracer: Tracer, path: str) -> int:
         return 1
 
-    def past(self, tracer: Tracer) -> int:
+    def cached(self, tracer: Tracer, prompt: Any) -> int:
         return 0
+
+    def grows_cache(self, tracer: Tracer, prompt: Any) -> bool:
+        return True
 
     def schedule(
         self,
         prompt: Any = None,
         tracer: Tracer | None = None,
         inner: frozenset[tuple[str, str]] = frozenset(),
+        continued: bool = False,
     ) -> Schedule:
         """What the forward does, measured once for each kind of prompt, without weights.
 
@@ -558,14 +563,19 @@ class Model(Envoy):
             prompt: one of that kind.
             tracer: the block, whose options may change what the forward returns.
             inner: operations inside forwards that are measured beside those of the block.
+            continued: the forward has a cache with tokens before its own.
 
         Raises:
             ScheduleError: the model cannot be run on fake tensors.
         """
-        return self._lock.during(lambda: self._measure(prompt, tracer, inner))
+        return self._lock.during(lambda: self._measure(prompt, tracer, inner, continued))
 
     def _measure(
-        self, prompt: Any, tracer: Tracer | None, inner: frozenset[tuple[str, str]]
+        self,
+        prompt: Any,
+        tracer: Tracer | None,
+        inner: frozenset[tuple[str, str]],
+        continued: bool,
     ) -> Schedule:
         recording = None if tracer is None else tracer.recording
         seen = None if recording is None else (recording.serial, recording.state)
@@ -578,15 +588,18 @@ class Model(Envoy):
             inner |= tracer.graph.inner_operations()
         if inner:
             inner = self._measured_with(inner)
-        key = (kind, inner)
+        key = (kind, inner, continued)
         found = self._schedules.get(key)
         if found is None:
+            make: Callable[..., Any] = self._continued_inputs if continued else self._trial_inputs
+            sizes = behind_cache(self._most_tokens()) if continued else SIZES
             try:
                 found = measure(
                     self._skeleton_to_measure(),
-                    lambda batch, tokens: self._trial_inputs(batch, tokens, prompt, options),
+                    lambda *size: make(*size, prompt, options),
                     self._sorts_tokens,
                     inner,
+                    sizes,
                 )
             except ScheduleError as error:
                 found = error
@@ -688,6 +701,18 @@ class Model(Envoy):
             return torch.empty((batch, *leaf.shape[1:]), dtype=leaf.dtype, device="meta")
 
         return map_leaves(resize, prompt.args), map_leaves(resize, prompt.kwargs)
+
+    def _most_tokens(self) -> int | None:
+        """Tokens that a forward can have with those in its cache; None where nothing limits them."""
+        return None
+
+    def _continued_inputs(
+        self, batch: int, tokens: int, past: int, prompt: Any, options: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """As `_trial_inputs`, behind a cache that has seen `past` tokens."""
+        raise ScheduleError.no_schedule(
+            "A forward behind a cache", "this model is known to have none"
+        )
 
     def meta_module(self, path: str) -> torch.nn.Module:
         """A module that can be applied to values without numbers."""

@@ -18,7 +18,7 @@ from ..intervention.fingerprint import fingerprint
 from ..intervention.interrupts import put_back, uninterrupted
 from ..intervention.schedule import TARGETS
 from ..tracing.context import Invoker, Tracer
-from ..tracing.errors import BlockError, InputError, LoadError, near
+from ..tracing.errors import BlockError, InputError, LoadError, ScheduleError, near
 from ..tracing.frames import entry
 from ..tracing.node import READ, WRITE
 from ..tracing.structure import ATOMS
@@ -53,6 +53,10 @@ _SAME_SHAPES = frozenset(
     "max_new_tokens min_new_tokens max_length do_sample temperature top_k top_p use_cache "
     "eos_token_id pad_token_id repetition_penalty".split()
 )
+#: What models call their cache, as an input and in what they return.
+_CACHES = ("past_key_values", "cache_params", "state", "mems")
+#: Names of `cache_implementation` under which a layer keeps the tokens that there are, and no more.
+_GROWING = (None, "dynamic", "offloaded", "quantized")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
@@ -152,6 +156,7 @@ class LanguageModel(Model):
         )
         self._keeps_logits = accepts(forward, "logits_to_keep")
         self._takes_cache = accepts(forward, "use_cache")
+        self._cache_name = next((name for name in _CACHES if accepts(forward, name)), None)
         self._clock: Clock | None = None
         self._encoder: str | None = None
         self._head: str | None = None
@@ -280,6 +285,53 @@ class LanguageModel(Model):
             inputs["decoder_input_ids"] = torch.zeros(size, dtype=torch.long, device="meta")
         return (), {**inputs, **options}
 
+    def _continued_inputs(
+        self, batch: int, tokens: int, past: int, prompt: Any, options: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        module, name = self._skeleton_to_measure(), self._cache_name
+        _, inputs = self._trial_inputs(batch, tokens, prompt, options)
+        decodes = self.config.is_encoder_decoder
+        cut = ("decoder_input_ids",) if decodes else PER_TOKEN
+        first = {k: v[:, :1] if k in cut else v for k, v in inputs.items()}
+        cache = self._own_cache()
+        if cache is not None and name is not None:
+            first[name] = cache
+        seen = module(**{**first, "use_cache": True, "return_dict": True})
+        if cache is None:
+            cache = getattr(seen, name or "", None)
+        if cache is None or name is None:
+            raise ScheduleError.no_schedule("A forward behind a cache", "this model returns none")
+        for layer in getattr(getattr(cache, "self_attention_cache", cache), "layers", ()):
+            kept = [getattr(layer, name, None) for name in ("keys", "values")]
+            more = [k.expand(-1, -1, past - 1, -1) for k in kept if isinstance(k, torch.Tensor)]
+            if past > 1 and len(more) == 2:
+                # As if it had seen them: what it keeps of them is its own affair.
+                layer.update(*more)
+        if decodes:
+            inputs["encoder_outputs"] = (seen.encoder_last_hidden_state,)
+            del inputs["input_ids"]
+        elif self._takes_mask:
+            mask = inputs.pop("attention_mask")
+            if name == _CACHES[0]:  # a state alone has no place for it
+                inputs["attention_mask"] = torch.cat([mask.new_ones(batch, past), mask], 1)
+        return (), {**inputs, name: cache}
+
+    def _most_tokens(self) -> int | None:
+        return self._reader.limit
+
+    def _own_cache(self) -> Any:
+        """The cache that a generation begins with; None where the model makes its own kind."""
+        module: Any = self.module_tree()
+        if self._cache_name not in _CACHES[:2] or not module._supports_default_dynamic_cache():
+            return None
+        from transformers import DynamicCache, EncoderDecoderCache
+
+        config = self.config.get_text_config(decoder=True)
+        cache = DynamicCache(config=config)
+        if not self.config.is_encoder_decoder:
+            return cache
+        return EncoderDecoderCache(cache, DynamicCache(config=config))
+
     def gives_tensor(self, tracer: Tracer) -> bool:
         given = tracer.kwargs.get("generation_config") or getattr(
             self.module_tree(), "generation_config", None
@@ -322,7 +374,7 @@ class LanguageModel(Model):
         return 1 if tracer.generates else prompt.width if prompt is not None else None
 
     def keeps_cache(self, tracer: Tracer) -> bool:
-        return self._options(tracer).get("use_cache") is not False
+        return self._cache_name is not None and self._options(tracer).get("use_cache") is not False
 
     def rows_each(self, tracer: Tracer, path: str) -> int:
         # Encoders run before transformers repeats the rows of the prompts.
@@ -330,9 +382,28 @@ class LanguageModel(Model):
             return 1
         return self._options(tracer).repeats
 
-    def past(self, tracer: Tracer) -> int:
-        cache = tracer.kwargs.get("past_key_values")
+    def cached(self, tracer: Tracer, prompt: Any) -> int:
+        cache = self._given_cache(tracer, prompt)
         return 0 if cache is None else int(cache.get_seq_length())
+
+    def grows_cache(self, tracer: Tracer, prompt: Any) -> bool:
+        cache = self._given_cache(tracer, prompt)
+        if cache is None:
+            return (
+                not tracer.generates
+                or self._options(tracer).get("cache_implementation") in _GROWING
+            )
+        kinds, own = (
+            [type(layer) for layer in getattr(one, "layers", ())]
+            for one in (cache, self._own_cache())
+        )
+        # One without a configuration keeps all tokens where the model's own keeps the last.
+        return not cache.is_compileable and kinds == own[: len(kinds)]
+
+    def _given_cache(self, tracer: Tracer, prompt: Any) -> Any:
+        """The user's own cache in what a block or an invoke was given."""
+        given = {**tracer.kwargs, **(getattr(prompt, "other", None) or {})}
+        return given.get("past_key_values")
 
     def _in_encoder(self, path: str) -> bool:
         if not self.config.is_encoder_decoder:
@@ -912,6 +983,7 @@ class ImageModel(LanguageModel):
     _kind_of = Model._kind_of
     _shape_class = Model._shape_class
     _trial_inputs = Model._trial_inputs
+    _continued_inputs = Model._continued_inputs
     _trial_options = Model._trial_options
 
     def sample_inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:

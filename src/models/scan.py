@@ -16,7 +16,7 @@ from ..tracing.errors import (
     NotRunError,
     ScheduleError,
     ShapeError,
-    UnreachedError,
+    UnmeasuredError,
 )
 from ..tracing.graph import Graph, arguments
 from ..tracing.node import READ, WRITE, Node
@@ -113,7 +113,7 @@ def check(graph: Graph, shapes: Shapes) -> Iterator[tuple[Node, Any, GraftworkEr
             except (NotRunError, DataDependentOutputException):
                 # What the numbers decide is left to the run.
                 reason = NotRunError.on_demand("scan", node.describe(), node.location)
-            except UnreachedError as error:
+            except UnmeasuredError as error:
                 reason = error
         if reason is not None:
             unknown[node.index] = reason

@@ -666,7 +666,18 @@ class ScheduleError(GraftworkError):
         )
 
 
-class UnreachedError(ScheduleError, StepError):
+class UnmeasuredError(ScheduleError):
+    """A value whose sizes only the run tells."""
+
+    @classmethod
+    def unknown(cls, what: str, reason: str) -> UnmeasuredError:
+        return cls(
+            f"The shape of {what} is not known before the run: {reason}. Save the value, and ask after "
+            "the block."
+        )
+
+
+class UnreachedError(UnmeasuredError, StepError):
     """A place that the trial run of a model never reached."""
 
     @classmethod
