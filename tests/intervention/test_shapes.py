@@ -7,9 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import (
+    DynamicCache,
+    MistralConfig,
+    MistralForCausalLM,
+    StaticCache,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from graftwork import LanguageModel
-from graftwork.tracing.errors import NotRunError
+from graftwork.tracing.errors import InputError, NotRunError, ScheduleError
 
 PROMPT = "Big Ben is in the city of"
 HEADS, WIDTH = 8, 128
@@ -169,3 +177,149 @@ def test_a_part_that_a_value_of_the_block_picks_shares_memory_as_in_torch(
                     record(tiny)
                 logits = tiny.lm_head.output[:, -1:].save()
     torch.testing.assert_close(logits.value, expected)
+
+
+#: A tiny llama, and one whose cache keeps four tokens.
+@pytest.fixture(scope="module", params=[None, 4], ids=["all", "window"])
+def grouped(request: pytest.FixtureRequest) -> Any:
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=61,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=request.param,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return LanguageModel(MistralForCausalLM(config).eval())
+
+
+def keys_at(model: Any, tokens: int, step: int) -> int:
+    """How many keys a layer sees, by transformers' own account of its cache."""
+    cache = DynamicCache(config=model.config)
+    for count in [tokens] + [1] * step:
+        found = cache.update(torch.ones(1, 2, count, 4), torch.ones(1, 2, count, 4), 0)
+    return int(found[0].shape[2])
+
+
+def test_sizes_behind_a_cache_count_its_keys(grouped: Any) -> None:
+    asked, found = {}, {}
+    prompts = [[5, 9, 3, 22, 7], [41, 32], [[5, 9, 3, 22, 7], [41, 32]]]
+    with grouped.generate(max_new_tokens=3) as generator:
+        for number, prompt in enumerate(prompts):
+            with generator.invoke(prompt) as invoker:
+                for step in range(3):
+                    block = grouped.layers[1]
+                    for name in ("q", "k", "v", "pattern", "scores", "z", "resid_post"):
+                        value = getattr(block, name)
+                        asked[number, step, name] = tuple(value.shape)
+                        found[number, step, name] = value.save()
+                    if number < 2:
+                        mean = (block.k.sum(1) / block.k.shape[1]).save()
+                        asked[number, step, "mean"], found[number, step, "mean"] = (), mean
+                    if step < 2:
+                        invoker.next()
+    for (number, step, name), sizes in asked.items():
+        if name == "mean":
+            wanted = found[number, step, "k"].value.mean(1)
+            torch.testing.assert_close(found[number, step, name].value, wanted)
+            continue
+        assert sizes == tuple(found[number, step, name].value.shape), (number, step, name)
+        if name == "k":
+            tokens = len(prompts[number]) if number < 2 else 5
+            assert sizes == (2 if number == 2 else 1, keys_at(grouped, tokens, step), 2, 4)
+
+
+def test_sizes_of_keys_in_loops(grouped: Any) -> None:
+    prompt = [5, 9, 3]
+    with grouped.generate(prompt, max_new_tokens=4) as generator:
+        whole = [grouped.layers[1].k.save()]
+        for _ in range(3):
+            generator.next()
+            whole.append(grouped.layers[1].k.save())
+    wanted = [one.value for one in whole]
+    with grouped.generate(prompt, max_new_tokens=4) as generator:
+        means, last = [], []
+        for _ in generator.iter[:]:
+            keys = grouped.layers[1].k
+            means.append((keys.sum(1) / keys.shape[1]).save())
+            last.append(keys[:, keys.shape[1] - 1].save())
+    torch.testing.assert_close([one.value for one in means], [one.mean(1) for one in wanted])
+    torch.testing.assert_close([one.value for one in last], [one[:, -1] for one in wanted])
+    for steps in (slice(0, 4), slice(1, 4)):
+        with grouped.generate(prompt, max_new_tokens=4) as generator:
+            with generator.iter[steps]:
+                keys = grouped.layers[1].k
+                mean = (keys.sum(1) / keys.shape[1]).save()
+                end = keys.t[-1].save()
+                shown = grouped.layers[1].pattern[..., -1].save()
+        torch.testing.assert_close(mean.value, [one.mean(1) for one in wanted[steps]])
+        torch.testing.assert_close(end.value, [one[:, -1] for one in wanted[steps]])
+        assert len(shown.value) == len(wanted[steps])
+
+
+def test_own_tokens_of_keys_behind_a_cache(grouped: Any) -> None:
+    prompts = [[5, 9, 3, 22, 7], [41, 32]]
+    alone = []
+    for prompt in prompts:
+        with grouped.generate(prompt, max_new_tokens=2) as generator:
+            generator.next()
+            alone.append(grouped.layers[1].k.save())
+    wanted = [one.value for one in alone]
+    windowed = grouped.config.sliding_window is not None
+    with grouped.generate(prompts, max_new_tokens=2) as generator:
+        generator.next()
+        keys = grouped.layers[1].k
+        last, moved = keys.t[-1].save(), (keys * 2).t[-1].save()
+        if not windowed:
+            first, mean = keys.t[0].save(), keys.t.mean().save()
+    torch.testing.assert_close(last.value, torch.cat([one[:, -1] for one in wanted]))
+    torch.testing.assert_close(moved.value, 2 * last.value)
+    if windowed:
+        with pytest.raises(InputError, match=r"`\.t\[0\]`: the cache of this layer no longer"):
+            with grouped.generate(prompts, max_new_tokens=2) as generator:
+                generator.next()
+                grouped.layers[1].k.t[0].save()
+        return
+    torch.testing.assert_close(first.value, torch.cat([one[:, 0] for one in wanted]))
+    torch.testing.assert_close(mean.value, torch.cat([one.mean(1) for one in wanted]))
+
+
+def test_sizes_without_a_cache_and_behind_the_users_own(grouped: Any) -> None:
+    ids = torch.tensor([[5, 9, 3, 22, 7]])
+    with grouped.generate(ids, max_new_tokens=2, use_cache=False) as generator:
+        generator.next()
+        assert tuple(grouped.layers[1].k.shape) == (1, 6, 2, 4)
+    cache = DynamicCache(config=grouped.config)
+    with torch.no_grad():
+        grouped.load()(ids[:, :2], past_key_values=cache)
+    with grouped.trace(ids[:, 2:], past_key_values=cache):
+        keys, pattern = grouped.layers[1].k, grouped.layers[1].pattern
+        assert tuple(keys.shape) == (1, 5, 2, 4) and tuple(pattern.shape) == (1, 4, 3, 5)
+        keys = keys.save()
+    assert tuple(keys.shape) == (1, 5, 2, 4)
+    roomy = StaticCache(config=grouped.config, max_cache_len=12)
+    with pytest.raises(ScheduleError, match="a cache whose room is not the tokens so far"):
+        with grouped.trace(ids, past_key_values=roomy):
+            _ = grouped.layers[1].k.shape
+
+
+def test_sizes_of_a_decoder_behind_its_cache() -> None:
+    config = T5Config(
+        vocab_size=61, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4, eos_token_id=None
+    )
+    config.decoder_start_token_id = 0
+    model = LanguageModel(T5ForConditionalGeneration(config).eval())
+    asked, found = {}, {}
+    with model.generate([5, 9, 3, 22, 7], max_new_tokens=3) as generator:
+        for step in range(3):
+            for name in ("k", "pattern", "resid_post"):
+                value = getattr(model.decoder_layers[1], name)
+                asked[step, name], found[step, name] = tuple(value.shape), value.save()
+            if step < 2:
+                generator.next()
+    assert [asked[step, "k"][1] for step in range(3)] == [1, 2, 3]
+    assert asked == {place: tuple(value.value.shape) for place, value in found.items()}
