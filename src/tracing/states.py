@@ -8,17 +8,14 @@ loops, edits and branches go on from as they go on from the value at the place i
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .errors import OperationError, WireError
 from .node import HookPoint, Node
 from .operations import AGAIN, GUARDED, PUT, Operation
 from .proxy import Handle, Proxy, current_node, record, root_of
+from .recording import Recording
 from .structure import leaves, map_leaves
-
-if TYPE_CHECKING:
-    from .branches import Branch
-    from .recording import Recording
 
 Spot = tuple[int, HookPoint]
 
@@ -195,8 +192,8 @@ def _check(state: State, of: tuple[Node, ...]) -> None:
         raise OperationError.computed_anew(last.location, new.describe(), new.location)
 
 
-def leave_branch(recording: Recording, branch: Branch) -> None:
-    """A branch ends: what it changed is a choice of the new and the old outside of it."""
+def leave_branch(recording: Recording, branch: Any) -> None:
+    """A `Branch` ends: what it changed is a choice of the new and the old outside of it."""
     states, around = recording.states, branch.around
     guard, wanted = around.guard, around.guard is None or around.wanted  # type: ignore[attr-defined]
     ended = [key for key in states if key.guard is branch.guard and key.wanted is branch.wanted]
