@@ -40,6 +40,7 @@ from .errors import (
     StepError,
     near,
 )
+from .frames import entry
 from .graph import Box, Graph
 from .node import CALL, READ, WRITE, Captured, HookPoint, Node, captured, grad_point, user_line
 from .operations import (
@@ -1532,6 +1533,7 @@ def measured(proxy: Proxy) -> Any:
     return proxy._recording.ask().value(_current(proxy))
 
 
+@entry
 def _sized(proxy: Proxy) -> Any:
     """As `measured`, for a user who is told a size of it."""
     node = _current(proxy)

@@ -101,8 +101,8 @@ def test_a_model_that_fails_by_itself_shows_its_line(tiny: Any) -> None:
         with Model(nn.Sequential(nn.Linear(3, 3), Fails())).trace(torch.zeros(1, 3)) as tracer:
             tracer.output.save()
     assert "# of the module" in frames(caught.value)[-1][1] and len(frames(caught.value)) <= 4
-    with pytest.raises(RuntimeError) as caught_too:
-        with tiny.trace(inputs_embeds=torch.zeros(1, 3, 7)) as tracer:
+    with pytest.raises(ValueError, match="cross-attention") as caught_too:
+        with tiny.trace(PROMPT, encoder_hidden_states=torch.zeros(1, 3, 128)) as tracer:
             tracer.output.save()
     assert len(frames(caught_too.value)) <= 4
     assert "modeling_gpt2" in frames(caught_too.value)[-1][0]
