@@ -316,11 +316,6 @@ def _attention(
 
 
 _RUNNING: list[Plain] = []
-#: Computed names in several segments, beside an edit of what they are computed from in another, and in
-#: branches.
-COMPUTED_IN_SEGMENTS = False
-#: Sizes of keys in steps after the first.
-SIZES_OF_KEYS = False
 ALL_ATTENTION_FUNCTIONS.register("programs", _attention)
 ALL_MASK_ATTENTION_FUNCTIONS.register("programs", ALL_MASK_ATTENTION_FUNCTIONS["eager"])
 
@@ -1014,7 +1009,7 @@ class Writer:
             return
         if segment.form != "next" and site.axes in ("pattern", "keys"):
             return
-        if not COMPUTED_IN_SEGMENTS and self.is_elsewhere(segment, site):
+        if self.is_too_late(segment, site):
             return
         self.segment, self.at, self.site, self.holder, self.names = segment, at, site, holder, names
         self.loop = segment.form != "next"
@@ -1123,8 +1118,6 @@ class Writer:
                     None,
                 )
             elif kind == "cond" and not self.invoke.ragged and not self.program.gradients:
-                if site.port == "heads_out" and not COMPUTED_IN_SEGMENTS:
-                    continue
                 if one.site == site.name and one in own:
                     self.branch(one, value, here, own, visible, emit)
             elif kind == "skip" and site.name.startswith(_SKIPS) and self.may_skip(segment, site):
@@ -1163,16 +1156,16 @@ class Writer:
             segment.lines.pop(site.name)
             segment.order.remove(site.name)
 
-    def is_elsewhere(self, segment: Segment, site: Site) -> bool:
-        """Whether a computed name, or what it is computed from, is in another segment."""
+    def is_too_late(self, segment: Segment, site: Site) -> bool:
+        """Whether what a computed name is computed from would be written below it in the text, and so
+        does not belong to it, though it is there first in the forward."""
         own, _, layer = site.name.partition(" ")
-        near = {"head_out": ("head_out", "z"), "z": ("head_out",)}.get(own, ())
-        return any(
-            f"{one} {layer}" in other.lines
-            for one in near
-            for other in self.invoke.segments
-            if other is not segment
-        )
+        every = self.invoke.segments
+        place = next(i for i, one in enumerate(every) if one is segment)
+        above, below = every[:place], every[place + 1 :]
+        others = {"z": above, "head_out": below}.get(own, [])
+        near = f"{'head_out' if own == 'z' else 'z'} {layer}"
+        return any(near in one.lines and set(one.steps) & set(segment.steps) for one in others)
 
     def may_ask(self) -> bool:
         """Whether a value may be asked for at a line: nothing above it may be recorded below."""
@@ -1283,8 +1276,7 @@ class Writer:
                 f"{v}.unsqueeze(-1)",
                 f"torch.stack([{v}.sum(), {v}.mean()])",
             ]
-            if SIZES_OF_KEYS or self.at.step == 0 or one.axes not in ("keys", "pattern"):
-                whole.append(f"{v}.sum(1) / {v}.shape[1]")
+            whole.append(f"{v}.sum(1) / {v}.shape[1]")
         return self.rng.choice(whole), "none"
 
     def binary(self, one: Variable, value: torch.Tensor, other: Variable, second: Any) -> str:

@@ -76,14 +76,6 @@ def _replaced(whole: Any, new: Any, old: Any, made: Callable[[Any], Any]) -> Any
     return torch.where(after == before, same, after).to(whole.dtype)
 
 
-def _continued(whole: Any, state: Any) -> tuple[Any, ...]:
-    return whole, *state[1:]
-
-
-#: In a branch: the state from before it, changed for the branch alone.
-_CONTINUED = _state("continued", _continued)
-
-
 # -------------------------------------------------------------------- sums
 
 
@@ -192,5 +184,5 @@ def derive(
         name: tells apart several of one kind at one place.
         made_of: what `args` are computed from.
     """
-    state = state_of(derivation.state, whole, args, name, made_of, _CONTINUED)
+    state = state_of(derivation.state, whole, args, name, made_of)
     return record(state._recording, derivation.part, (state,), {})

@@ -109,19 +109,17 @@ def read_name(root: Any, vocabulary: Any, layer: int, name: str) -> Any:
 
 
 def _read_derived(here: Here, place: Derived) -> Any:
-    """In a branch it goes on from what it is outside of it, which is read first."""
+    """In a branch it is read as outside of it: what is behind the branch goes on from it, too."""
     recording = current_tracer().recording  # type: ignore[union-attr]
-    inner: Any = recording.graph
-    graph, around = inner, [inner]
+    graph: Any = recording.graph
+    inner = graph
     while graph.guard is not None:
         graph = graph.around
-        around.append(graph)
+    recording.graph = graph
     try:
-        for recording.graph in reversed(around):
-            found = place.read(here, here.vocabulary)
+        return place.read(here, here.vocabulary)
     finally:
         recording.graph = inner
-    return found
 
 
 def read_spot(here: Here, spot: Spot) -> Any:

@@ -17,7 +17,6 @@ from .node import CALL, MODULE, Node
 from .operations import GUARDED, KEPT, PASSED, POSITIONS, SELECT, STEP, STOP, TEST, TOKENS
 from .proxy import node_of
 from .recording import OPEN, Recording
-from .states import leave_branch
 
 #: What stands for something else, which is put in its place or chosen without being computed.
 _FREE = frozenset({SELECT, TOKENS, POSITIONS, PASSED, STEP})
@@ -115,7 +114,6 @@ class Cond:
     ) -> None:
         recording, branch = self._recording, self._recording.graph
         assert isinstance(branch, Branch)
-        leave_branch(recording, branch)
         graph, recording.no_values, recording.no_gradients, guard = self._before
         graph.branched = True
         graph.needs_grad = branch.needs_grad

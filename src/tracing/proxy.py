@@ -977,6 +977,9 @@ def _assign(proxy: Proxy, node: Node) -> None:
             CALL, PUT, (_current(parent), node, operation, args, kwargs), None, recording.invoke
         )
         _assign(parent, whole)
+        if operation.copies and recording.graph.guard is not None:
+            # Behind the branch it is not taken from its whole again, so it is a choice itself.
+            node = recording.graph.select(node, proxy._node, recording.invoke)  # type: ignore[attr-defined]
         proxy._node, proxy._seen = node, whole
         return
     if recording.loop is not None and proxy._node.index < recording.loop:

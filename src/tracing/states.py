@@ -12,7 +12,7 @@ from typing import Any
 
 from .errors import OperationError, WireError
 from .node import HookPoint, Node
-from .operations import AGAIN, GUARDED, PUT, Operation
+from .operations import AGAIN, PUT, Operation
 from .proxy import Handle, Proxy, current_node, record, root_of
 from .recording import Recording
 from .structure import leaves, map_leaves
@@ -28,14 +28,11 @@ class Key:
         spot: the place that it is a view of.
         operation: computes it.
         name: tells apart several of one kind at one place.
-        guard, wanted: the condition of the branch that it is for; None outside of branches.
     """
 
     spot: Spot
     operation: Operation
     name: str
-    guard: Node | None = None
-    wanted: bool = True
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -111,27 +108,21 @@ class Kept:
         """The way from what is at the place to the state: operations with what else they take."""
         found, node = list[tuple[Any, Any, Any]](), self.first
         while node is not self.at:
-            target, args = _done(node)
-            found.append((target, args[1:], node.kwargs))
-            node = args[0]
+            found.append((node.target, node.args[1:], node.kwargs))
+            node = node.args[0]
         return found[::-1]
 
 
 def _unchanged(node: Node) -> Node:
     """What a state was before it followed its place, or got a part of its own back."""
     while True:
-        target, args = _done(node)
-        if target is AGAIN:
+        args = node.args
+        if node.target is AGAIN:
             node = args[1]
-        elif target is PUT and _done(args[1])[0] is args[2] and _done(args[1])[1][0] is args[0]:
+        elif node.target is PUT and args[1].target is args[2] and args[1].args[0] is args[0]:
             node = args[0]
         else:
             return node
-
-
-def _done(node: Node) -> tuple[Any, tuple[Any, ...]]:
-    """What a node does, in its branch where it has one."""
-    return (node.args[3], node.args[4:]) if node.target is GUARDED else (node.target, node.args)
 
 
 def state_of(
@@ -140,14 +131,12 @@ def state_of(
     args: tuple[Any, ...],
     name: str,
     made_of: tuple[Any, ...],
-    continued: Operation,
 ) -> Proxy:
     """The state `operation(whole, *args)` of the place that `whole` is a view of, recorded once.
 
     Args:
         name: tells apart several of one kind at one place.
         made_of: what `args` are computed from.
-        continued: the state of a branch, from the one outside of it.
 
     Raises:
         OperationError: it was changed, and then what it is computed from.
@@ -158,26 +147,16 @@ def state_of(
         return found
     roots = [root_of(leaf) for leaf in leaves((*args, *made_of)) if isinstance(leaf, Proxy)]
     of = tuple(one._node for one in roots if one._place is not None)
-
-    place = root._place
-
-    def at(graph: Any) -> State:
-        guard = graph.guard
-        key = Key(place, operation, name, guard, guard is None or graph.wanted)
-        state: State | None = recording.states.get(key)
-        if state is not None and root_of(state.proxy) is root:
-            if _same(state.of, of):
-                return state
-            _check(state, of)
-        if guard is None:
-            proxy = record(recording, operation, (whole, *args), {})
-        else:
-            proxy = record(recording, continued, (whole, at(graph.around).proxy), {})
-        state = State(of, proxy._node, root._node, place in recording.bound, proxy)
-        recording.states[key] = state
-        return state
-
-    return at(recording.graph).proxy
+    place, key = root._place, Key(root._place, operation, name)
+    state: State | None = recording.states.get(key)
+    if state is not None and root_of(state.proxy) is root:
+        if _same(state.of, of):
+            return state.proxy
+        _check(state, of)
+    proxy: Proxy = record(recording, operation, (whole, *args), {})
+    bound = place in recording.bound
+    recording.states[key] = State(of, proxy._node, root._node, bound, proxy)
+    return proxy
 
 
 def _same(one: tuple[Node, ...], other: tuple[Node, ...]) -> bool:
@@ -190,21 +169,6 @@ def _check(state: State, of: tuple[Node, ...]) -> None:
         new = next(node for node in of if all(node is not one for one in state.of))
         last = state.proxy._node
         raise OperationError.computed_anew(last.location, new.describe(), new.location)
-
-
-def leave_branch(recording: Recording, branch: Any) -> None:
-    """A `Branch` ends: what it changed is a choice of the new and the old outside of it."""
-    states, around = recording.states, branch.around
-    guard, wanted = around.guard, around.guard is None or around.wanted  # type: ignore[attr-defined]
-    ended = [key for key in states if key.guard is branch.guard and key.wanted is branch.wanted]
-    for key in ended:
-        state = states.pop(key)
-        before = states.get(Key(key.spot, key.operation, key.name, guard, wanted))
-        root = root_of(state.proxy)
-        if before is None or root_of(before.proxy) is not root or not state.is_changed:
-            continue
-        old, new = current_node(before.proxy), current_node(state.proxy)
-        _set(before.proxy, branch.select(new, old, key.spot[0]))
 
 
 def _set(proxy: Proxy, node: Node) -> None:
@@ -240,8 +204,7 @@ def go_on(recording: Recording, key: Key, kept: Kept, of: tuple[Node, ...], node
         _check(found, of)
         return node
     before = current_node(found.proxy)
-    target, args = _done(node)
-    again = (args[0], before, target, args[1:], node.kwargs)
+    again = (node.args[0], before, node.target, node.args[1:], node.kwargs)
     node.target, node.args, node.kwargs, node.used = AGAIN, again, {}, None
     return node
 

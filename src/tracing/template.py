@@ -122,12 +122,10 @@ class Template:
         self, kept: Kept, shift: int, invoke: int | None, values: dict[int, Any]
     ) -> tuple[Key, tuple[Node, ...]]:
         """Which state it is where it is placed, and what it is computed from there."""
-        key = kept.key
-        owner, point = key.spot
-        guard = key.guard if key.guard is None else values.get(key.guard.index, key.guard)
+        owner, point = kept.key.spot
         spot = (owner if invoke is None else invoke, _shifted(point, shift))
         of = tuple(values.get(node.index, node) for node in kept.of)
-        return dataclasses.replace(key, spot=spot, guard=guard), of
+        return dataclasses.replace(kept.key, spot=spot), of
 
     def _place_nodes(
         self, recording: Recording, step: int, shift: int, invoke: int | None

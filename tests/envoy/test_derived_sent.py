@@ -23,7 +23,7 @@ ALL = [
     for derivation in vars(derived).values()
     if isinstance(derivation, derived.Derivation)
     for one in (derivation.state, derivation.part)
-] + [derived._CONTINUED]
+]
 
 
 def sent(tracer: Any) -> tuple[Any, bytes]:

@@ -268,6 +268,46 @@ def test_behind_a_branch_is_what_it_left(
     same(logits, expected)
 
 
+@pytest.mark.parametrize("taken", [True, False])
+def test_handles_from_before_a_branch(model: LanguageModel, plain: Plain, taken: bool) -> None:
+    """What a branch changes by them and what it changes by names of its own are one value."""
+    layer = model.layers[LAYER]
+    with model.trace(IDS) as tracer:
+        old = layer.head_out
+        part, stream = old[..., :2], layer.resid_post.reshape(-1)
+        with tracer.cond(model.layers[0].z.sum() > (-1e4 if taken else 1e4)):
+            inner = layer.head_out
+            old[:, :, 1] = 0
+            first = inner.save()
+            inner[:, :, 0] = 0.5
+            second = old.save()
+            stream[0] = 7
+        behind, behind_part, now = old.save(), part.save(), layer.head_out.save()
+        old[:, :, 2] += 1
+        total, behind_stream = layer.o_out.save(), stream.save()
+        resid = layer.resid_post.save()
+
+    def in_branch(terms: torch.Tensor) -> torch.Tensor:
+        terms[:, :, 1], terms[:, :, 0] = 0, 0.5
+        return terms
+
+    change = in_branch if taken else no_head()
+    with torch.no_grad(), plain.changed(change) as seen:
+        plain.hf(torch.tensor([IDS]))
+    same(behind, seen["head_out"][0])
+    same(behind_part, seen["head_out"][0][..., :2])
+    same(now, seen["head_out"][0])
+    if taken:
+        same(second, seen["head_out"][0])
+        with torch.no_grad(), plain.changed(no_head(1)) as before:
+            plain.hf(torch.tensor([IDS]))
+        same(first, before["head_out"][0])
+    seen["head_out"][0][:, :, 2] += 1
+    same(total, seen["head_out"][0].sum(2))
+    assert torch.equal(resid.reshape(-1), behind_stream)
+    assert (behind_stream[0] == 7) == taken
+
+
 def test_a_loop_with_a_branch(model: LanguageModel, plain: Plain) -> None:
     layer = model.layers[LAYER]
     with model.generate(IDS, max_new_tokens=3, do_sample=False) as generator:
