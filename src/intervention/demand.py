@@ -23,6 +23,7 @@ from ..tracing.graph import Box, Graph, arguments
 from ..tracing.node import CALL, PARAMETER, READ, WRITE, Captured, GradPoint, HookPoint, Node
 from ..tracing.operations import APPLY, GUARDED, PUT, SELECT, VIEW, Operation
 from ..tracing.structure import ATOMS, leaves, map_leaves
+from ..tracing.template import is_stop
 from .order import Position, position
 from .plan import Plan, Resume
 from .rows import Opaque, tensors_in
@@ -305,9 +306,7 @@ class Known:
 
     def _carry_out(self, part: Part, graph: Graph, need: _Need) -> None:
         part.resume.starts = {i: self.hidden[i] for i in need.floors if i in need.prompted}
-        # Those of prompts that do not run would end the others.
-        runs = need.prompted | need.whole
-        part.graph.stops = [node for node in graph.stops if node.invoke in runs]
+        part.graph.stops = need.ends()
         part.writes = part.graph.writes = {
             place: node for place, node in graph.writes.items() if place in need.writes
         }
@@ -386,6 +385,8 @@ class _Need:
                 if place not in self.writes and self._comes_by(*place):
                     self.writes.add(place)
                     stack.append(write)
+            # A stop waits for what was recorded before it, which may be other prompts'.
+            stack += [node for node in self.ends() if node.index not in self.nodes]
             if not stack:
                 return True
 
@@ -436,6 +437,13 @@ class _Need:
             return {i.index for i in self._tracer.invokes if i.prompt is not None}
         return set(self.stops)
 
+    def ends(self) -> list[Node]:
+        """The stops that count. Those of prompts that do not run would end the others."""
+        if not self._graph.stops:
+            return []
+        runs = self.prompted | self.whole
+        return [node for node in self._graph.stops if node.invoke in runs]
+
     def others(self) -> Iterator[int]:
         """Further reads that this run comes by, and that may be asked for later."""
         for node in self._graph.nodes:
@@ -461,7 +469,9 @@ def _is_after(at: Position, floor: Position, point: HookPoint) -> bool:
 
 
 def _is_worth_keeping(node: Node) -> bool:
-    """Views are taken again at no cost."""
+    """Views are taken again at no cost, and a stop stops each run."""
+    if is_stop(node):
+        return False
     if node.kind == CALL:
         return node.target is not PUT and node.target.effect is not VIEW
     return node.kind not in (PARAMETER, WRITE)

@@ -95,6 +95,47 @@ def test_a_value_of_a_stopped_prompt_is_there_for_a_later_one(model: Any) -> Non
     torch.testing.assert_close(found, seen[1], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("generates", [False, True])
+def test_a_value_is_asked_for_where_a_stop_waits_for_another_prompt(
+    model: Any, generates: bool
+) -> None:
+    """The stop is that of a prompt that the value needs; the other prompt is one that it does not."""
+    h, third = model.transformer.h, "London is"
+    options = {"max_new_tokens": 3} if generates else {}
+    with (model.generate if generates else model.trace)(**options) as tracer:
+        with tracer.invoke(PROMPT):
+            first = h[0].output[0]
+        with tracer.invoke(OTHER) as invoker:
+            scale = h[0].output[0].mean()
+            if generates:
+                invoker.next()
+            own = h[1].output[0] * 1
+            own[:, -1] = first[:, -1]
+            own = own.save()
+            tracer.stop()
+        with tracer.invoke(third):
+            number = (h[2].output[0] * scale).abs().sum().item()
+            again = (h[2].output[0] * scale).abs().sum().item()
+    seen: dict[tuple[str, int], torch.Tensor] = {}
+    for text in (PROMPT, OTHER, third):
+
+        def keep(i: int, output: Any, text: str = text) -> None:
+            seen[text, i] = output[0] if isinstance(output, tuple) else output
+
+        handles = [
+            block.register_forward_hook(lambda _m, _a, output, i=i: keep(i, output))
+            for i, block in enumerate(model.load().transformer.h)
+        ]
+        with torch.no_grad():
+            model.load()(**model.tokenizer(text, return_tensors="pt"))
+        for handle in handles:
+            handle.remove()
+    expected = (seen[third, 2] * seen[OTHER, 0].mean()).abs().sum().item()
+    assert number == pytest.approx(expected, rel=1e-4) and again == number
+    torch.testing.assert_close(own[:, -1], seen[PROMPT, 0][:, -1], rtol=1e-4, atol=1e-4)
+    assert len(own[0]) == (1 if generates else seen[OTHER, 0].shape[1])
+
+
 @pytest.mark.parametrize("form", ["straight", "loop", "condition"])
 @pytest.mark.parametrize("edited", [False, True])
 def test_a_stop_does_not_wait_for_later_steps(model: Any, form: str, edited: bool) -> None:
