@@ -15,13 +15,14 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
+from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
 
 from .cache import CACHED
 from .limits import POWER
-from .node import CALL, MODULE, HookPoint, Node
+from .node import CALL, MODULE, Captured, HookPoint, Node
 from .operations import (
     AGAIN,
     APPLY,
@@ -249,7 +250,12 @@ def is_path(path: Any) -> bool:
     """True for a dotted path of modules without private names; "" is the root."""
     if not isinstance(path, str) or len(path) > 1000:
         return False
-    return path == "" or all(
+    return path == "" or _has_public_parts(path)
+
+
+@functools.lru_cache(maxsize=10_000)
+def _has_public_parts(path: str) -> bool:
+    return all(
         part and not part.startswith("_") and part.replace("-", "_").replace("_", "a").isalnum()
         for part in path.split(".")
     )
@@ -329,14 +335,19 @@ def _takes(operation: Operation, name: str) -> int:
     return -2 if special or _positions(name) else -1
 
 
-def is_good(operation: Operation, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+#: Types of most arguments, all of them values.
+_DATA = frozenset(
+    {Node, Captured, NoneType, bool, int, float, str, tuple, list, slice, torch.dtype}
+)
+
+
+def is_good(operation: Operation, name: str, args: list[Any], kwargs: dict[str, Any]) -> bool:
     """True where `complaints` has none, told at once for most calls; False where it has to be asked."""
     count = _takes(operation, name)
     if count != -1 and (kwargs or len(args) != count):
         return False
-    for value in args:
-        if type(value) is not Node and (isinstance(value, Operation) or callable(value)):
-            return False
+    if not _DATA.issuperset(map(type, args)):
+        return False
     for key, value in kwargs.items():
         if key in HARMLESS or not is_public_name(key) or not _VALUE.holds(value):
             return False

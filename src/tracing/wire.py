@@ -43,7 +43,7 @@ from .node import (
     Node,
     grad_point,
 )
-from .operations import APPLY, DERIVING, GUARDED, PASSED, SELECT, Operation
+from .operations import APPLY, DERIVING, GUARDED, PASSED, SELECT, STOP, Operation
 from .template import is_stop
 
 #: Format of what `pack` writes. `unpack` reads this one alone.
@@ -81,7 +81,7 @@ class TensorRecord(_Record):
 
 #: What a node is written as; `target`, `args` and `kwargs` are read by `_KINDS` and `_CODECS`. What may
 #: be missing has its default here. What else a node may have is a line here, in `_Writer.node` and in
-#: `_Reader.append`.
+#: `_Reader.append`, which takes the fields in this order.
 _NODE: dict[str, Any] = {
     "kind": None,
     "target": None,
@@ -91,6 +91,8 @@ _NODE: dict[str, Any] = {
     "file": None,
     "line": None,
 }
+#: The types of all of them but the target.
+_TYPES = (str, list, dict, int, int, int)
 
 
 class GraphRecord(_Record):
@@ -158,7 +160,7 @@ def _write_complex(writer: _Writer, value: complex) -> Any:
 
 
 def _read_complex(reader: _Reader, written: Any) -> complex:
-    parts = [reader.value(part) for part in _list(written, 2)]
+    parts = reader.values(_list(written, 2))
     if any(type(part) is not float for part in parts):
         _refuse("a complex number of something that is no number")
     return complex(*parts)
@@ -177,7 +179,7 @@ def _write_dict(writer: _Writer, value: dict[Any, Any]) -> Any:
 def _read_dict(reader: _Reader, written: Any) -> dict[Any, Any]:
     found: dict[Any, Any] = {}
     for pair in _list(written):
-        key, part = (reader.value(side) for side in _list(pair, 2))
+        key, part = reader.values(_list(pair, 2))
         if type(key) not in (str, int, float, bool, type(None)) or key in found:
             _refuse("a dict with a key that is twice in it or no string or number")
         found[key] = part
@@ -185,7 +187,7 @@ def _read_dict(reader: _Reader, written: Any) -> dict[Any, Any]:
 
 
 def _read_size(reader: _Reader, written: Any) -> torch.Size:
-    parts = [reader.value(part) for part in _list(written)]
+    parts = reader.values(_list(written))
     if any(type(part) is not int for part in parts):
         _refuse("a size that holds something else than integers")
     if any(not 0 <= part < 2**63 for part in parts):
@@ -234,14 +236,14 @@ def _items(writer: _Writer, value: Any) -> Any:
 _CODECS = (
     Codec("node", Node, lambda w, v: v.index, lambda r, v: r.node(v)),
     Codec("tensor", Captured, lambda w, v: w.tensor(v), lambda r, v: r.tensor(v)),
-    Codec("tuple", tuple, _items, lambda r, v: tuple(r.value(part) for part in _list(v))),
+    Codec("tuple", tuple, _items, lambda r, v: tuple(r.values(_list(v)))),
     Codec("size", torch.Size, _items, _read_size),
     Codec("dict", dict, _write_dict, _read_dict),
     Codec(
         "slice",
         slice,
         lambda w, v: _items(w, (v.start, v.stop, v.step)),
-        lambda r, v: slice(*(r.value(part) for part in _list(v, 3))),
+        lambda r, v: slice(*r.values(_list(v, 3))),
     ),
     Codec("complex", complex, _write_complex, _read_complex),
     Codec("ellipsis", type(...), lambda w, v: True, lambda r, v: ...),
@@ -284,12 +286,12 @@ def _read_place(reader: _Reader, written: Any) -> Any:
 
 
 def _check_hook_point(point: HookPoint) -> None:
-    for field, part in zip(HookPoint._fields, point, strict=True):
-        if field in ("path", "port"):
-            good = is_path(part)
-        else:
-            good = type(part) is int and 0 <= part <= MAX_COUNT
-        if not good:
+    path, port, step, call = point
+    if not is_path(path) or not is_path(port):
+        field, part = ("port", port) if is_path(path) else ("path", path)
+        _refuse(f"{part!r:.80} is no {field} of a place in a model")
+    for field, part in (("step", step), ("call", call)):
+        if type(part) is not int or not 0 <= part <= MAX_COUNT:
             _refuse(f"{part!r:.80} is no {field} of a place in a model")
 
 
@@ -546,82 +548,102 @@ class _Reader:
         self._limits = limits
         self._depth = self._parts = 0
 
+    # `append`, `values` and `value` see every node of a graph, which may have a million of them, and
+    # every argument: words are made where something is refused, and nothing is called for most.
+
     def append(self, record: Any) -> None:
-        index = len(self.nodes)
-        flaw = _flaw(record)
-        if flaw is not None:
-            raise WireError.damaged(f"'nodes.{index}': {flaw}")
-        name, written = record["kind"], record.get("args", [])
-        where = f"Node {index} ({name[:40]!r})"
+        fields = {**_NODE, **record} if type(record) is dict else _NODE
+        if len(fields) != len(_NODE):
+            raise WireError.damaged(f"'nodes.{len(self.nodes)}': {_flaw(record)}")
+        name, written, args, kwargs, invoke, file, line = fields.values()
+        types = (type(name), type(args), type(kwargs), type(invoke), type(file), type(line))
+        if types != _TYPES or not (-1 <= invoke <= MAX_COUNT and 0 <= line < 2**31 and file >= 0):
+            raise WireError.damaged(f"'nodes.{len(self.nodes)}': {_flaw(record)}")
         kind = _KINDS.get(name)
         if kind is None:
-            raise WireError.unknown("kind of node", name[:80], where, _KINDS)
-        if record["file"] >= len(self.files):
+            raise WireError.unknown("kind of node", name[:80], self._where(name), _KINDS)
+        if file >= len(self.files):
+            where = self._where(name)
             raise WireError.content(where, "it names a file that is not in the list of files")
         self._parts = 0
         try:
-            target = kind.read(self, record["target"])
-            args = tuple([self.value(one) for one in self._own(target, written)])
-            if target is APPLY:
-                args = (_read_function(written), *args)
-            kwargs = {key: self.value(value) for key, value in record.get("kwargs", {}).items()}
-            if kind.arguments is not None and (len(args) != kind.arguments or kwargs):
-                _refuse(f"it has {len(args) + len(kwargs)} arguments, not {kind.arguments}")
+            target = kind.read(self, written)
+            if target is APPLY:  # it has its function in front of the values
+                args = [_read_function(args), *self.values(args[1:])]
+            else:
+                args = self.values(args)
+            if kwargs:
+                kwargs = {key: self.value(value) for key, value in kwargs.items()}
             if name == CALL:
-                if not is_good(target, record["target"], args, kwargs):
-                    for complaint in complaints(target, record["target"], args, kwargs):
+                if not is_good(target, written, args, kwargs):
+                    for complaint in complaints(target, written, tuple(args), kwargs):
                         _refuse(complaint)
-            elif name == WRITE and type(args[0]) is not Node:
-                _refuse("what is written is no node")
+            elif kind.arguments is not None:
+                if len(args) != kind.arguments or kwargs:
+                    _refuse(f"it has {len(args) + len(kwargs)} arguments, not {kind.arguments}")
+                if name == WRITE and type(args[0]) is not Node:
+                    _refuse("what is written is no node")
             elif any(isinstance(a, Operation) for a in (*args, *kwargs.values())):
                 _refuse("an operation is no value")
             elif not all(key.isidentifier() for key in kwargs):
                 _refuse("an argument has a name that Python does not know")
         except _Refused as refused:
-            raise WireError.content(where, str(refused)) from None
-        file, invoke = self.files[record["file"]], record.get("invoke", -1)
-        self.nodes.append(Node(index, name, target, args, kwargs, invoke, file, record["line"]))
+            raise WireError.content(self._where(name), str(refused)) from None
+        index, own = len(self.nodes), dict(kwargs)
+        node = Node(index, name, target, tuple(args), own, invoke, self.files[file], line)
+        self.nodes.append(node)
 
-    @staticmethod
-    def _own(target: Any, args: list[Any]) -> list[Any]:
-        """The arguments that are values: `apply` has its function in front of them."""
-        return args[1:] if target is APPLY else args
+    def _where(self, kind: str) -> str:
+        return f"Node {len(self.nodes)} ({kind[:40]!r})"
+
+    def values(self, written: list[Any]) -> list[Any]:
+        nodes, found = self.nodes, []
+        for one in written:
+            kind = type(one)
+            if kind is dict and len(one) == 1:
+                index = one.get("node")  # most arguments are nodes
+                if type(index) is int and 0 <= index < len(nodes):
+                    found.append(nodes[index])
+                    continue
+            elif one is None or kind is bool or kind is str or kind is float:
+                found.append(one)
+                continue
+            found.append(self.value(one))
+        return found
 
     def value(self, written: Any) -> Any:
         kind = type(written)
-        if kind is dict and len(written) == 1:
-            index = written.get("node")  # most arguments are nodes
-            if type(index) is int and 0 <= index < len(self.nodes):
-                return self.nodes[index]
-        if written is None or kind in (bool, str, float):
+        if written is None or kind is bool or kind is str or kind is float:
             return written
         if kind is int:
             if not LEAST <= written <= MOST:
                 _refuse("an integer does not fit into 64 bits")
             return written
         self._depth += 1
-        try:
-            if self._depth > self._limits.depth:
-                _refuse(f"an argument is nested deeper than {self._limits.depth} containers")
-            if kind is list:
-                self._parts += len(written)
-                if self._parts > self._limits.parts:
-                    _refuse(f"its arguments have more than {self._limits.parts} parts")
-                return [self.value(part) for part in written]
-            if kind is not dict or len(written) != 1:
-                _refuse("an argument is no tagged value")
+        if self._depth > self._limits.depth:
+            _refuse(f"an argument is nested deeper than {self._limits.depth} containers")
+        if kind is list:
+            self._count(len(written))
+            found = self.values(written)
+        elif kind is not dict or len(written) != 1:
+            _refuse("an argument is no tagged value")
+        else:
             ((tag, inner),) = written.items()
-            if tag == "float" and isinstance(inner, str) and inner in _NUMBERS:
-                return _NUMBERS[inner]
-            self._parts += len(inner) if type(inner) is list else 1
-            if self._parts > self._limits.parts:
-                _refuse(f"its arguments have more than {self._limits.parts} parts")
+            self._count(len(inner) if type(inner) is list else 1)
             codec = _BY_TAG.get(tag)
-            if codec is None:
+            if tag == "float" and isinstance(inner, str) and inner in _NUMBERS:
+                found = _NUMBERS[inner]
+            elif codec is None:
                 _refuse(f"no value has the tag {tag[:80]!r}")
-            return codec.read(self, inner)
-        finally:
-            self._depth -= 1
+            else:
+                found = codec.read(self, inner)
+        self._depth -= 1
+        return found
+
+    def _count(self, parts: int) -> None:
+        self._parts += parts
+        if self._parts > self._limits.parts:
+            _refuse(f"its arguments have more than {self._limits.parts} parts")
 
     def node(self, index: Any) -> Node:
         if type(index) is not int or not 0 <= index < len(self.nodes):
@@ -645,23 +667,21 @@ class _Reader:
         return found
 
 
-def _flaw(record: Any) -> str | None:
-    """What is wrong with the fields of a node, apart from what they mean."""
+def _flaw(record: Any) -> str:
+    """What is wrong with the fields of a node, where something is."""
     if type(record) is not dict:
         return "it is no object"
     for name in record:
         if name not in _NODE:
             return f"it has a field {name[:80]!r}"
-    line, file, invoke = record.get("line"), record.get("file"), record.get("invoke", -1)
-    if type(record.get("kind")) is not str or "target" not in record:
-        return "its kind or its target is missing"
+    if type(record.get("kind")) is not str:
+        return "its kind is missing"
     if type(record.get("args", [])) is not list or type(record.get("kwargs", {})) is not dict:
         return "its args or kwargs are no list and object"
+    invoke = record.get("invoke", -1)
     if type(invoke) is not int or not -1 <= invoke <= MAX_COUNT:
         return "its invoke is no number of one"
-    if type(file) is not int or file < 0 or type(line) is not int or not 0 <= line < 2**31:
-        return "its file or line is no number of one"
-    return None
+    return "its file or line is no number of one"
 
 
 def _read_function(args: list[Any]) -> Callable[..., Any]:
@@ -690,6 +710,10 @@ def _read_tensor(
     if record.parameter:
         return torch.nn.Parameter(tensor, requires_grad=record.requires_grad)
     return tensor.detach().requires_grad_(record.requires_grad)
+
+
+#: Operations that a graph has lists of.
+_KNOWN = DERIVING | {GUARDED, SELECT, STOP, PASSED}
 
 
 def unpack(data: bytes, limits: Limits = LIMITS) -> Package:
@@ -727,11 +751,11 @@ def _unpack(data: bytes, limits: Limits) -> Package:
     graph.nodes = reader.nodes
     graph.fixed_positions = record.fixed_positions
     graph.counts_tokens = record.counts_tokens
-    graph.backwards = [n for n in graph.nodes if n.kind == CALL and n.target in DERIVING]
-    graph.branched = any(node.target is GUARDED or node.target is SELECT for node in graph.nodes)
-    graph.stops = [node for node in graph.nodes if node.kind == CALL and is_stop(node)]
-    passed = [node for node in graph.nodes if node.target is PASSED]
-    graph.passed = {(one.invoke, one.args[1]): one for one in passed}
+    known = [node for node in graph.nodes if node.kind == CALL and node.target in _KNOWN]
+    graph.backwards = [node for node in known if node.target in DERIVING]
+    graph.branched = any(node.target is GUARDED or node.target is SELECT for node in known)
+    graph.stops = [node for node in known if is_stop(node)]
+    graph.passed = {(one.invoke, one.args[1]): one for one in known if one.target is PASSED}
     graph.needs_grad = bool(graph.backwards) or any(one.requires_grad for one in reader.tensors)
     count = len(graph.nodes)
     for index in record.traced:
