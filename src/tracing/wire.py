@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
+from types import NoneType
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -258,6 +259,8 @@ _CODECS = (
 )
 _BY_TYPE = {codec.type: codec for codec in _CODECS}
 _BY_TAG = {codec.tag: codec for codec in _CODECS}
+#: Types of JSON that are values as they are.
+_PLAIN = frozenset({NoneType, bool, str, float})
 _NUMBERS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -290,9 +293,9 @@ def _check_hook_point(point: HookPoint) -> None:
     if not is_path(path) or not is_path(port):
         field, part = ("port", port) if is_path(path) else ("path", path)
         _refuse(f"{part!r:.80} is no {field} of a place in a model")
-    for field, part in (("step", step), ("call", call)):
-        if type(part) is not int or not 0 <= part <= MAX_COUNT:
-            _refuse(f"{part!r:.80} is no {field} of a place in a model")
+    for name, number in (("step", step), ("call", call)):
+        if type(number) is not int or not 0 <= number <= MAX_COUNT:
+            _refuse(f"{number!r:.80} is no {name} of a place in a model")
 
 
 def _check_path(path: Any) -> str:
@@ -524,7 +527,9 @@ def pack(
         extra=dict(extra or {}),
         named=list(named),
     )
-    text = json.dumps(document.model_dump(exclude_defaults=True), allow_nan=False)
+    text = json.dumps(
+        document.model_dump(exclude_defaults=True), allow_nan=False, separators=(",", ":")
+    )
     return safetensors.torch.save(writer.data, {_KEY: text})
 
 
@@ -542,8 +547,10 @@ class _Reader:
             if not text.isprintable() or len(text) > limits.text:
                 raise WireError.content("A name", "it is too long or cannot be printed")
         self.files = [f"{_SENT}{file}>" for file in record.files]
-        self.tensors = [_read_tensor(i, one, data) for i, one in enumerate(record.tensors)]
-        self.names = [one.name for one in record.tensors]
+        tensors = record.tensors
+        self.tensors = [
+            Captured(_read_tensor(i, one, data), one.name) for i, one in enumerate(tensors)
+        ]
         self.nodes: list[Node] = []
         self._limits = limits
         self._depth = self._parts = 0
@@ -572,8 +579,7 @@ class _Reader:
                 args = [_read_function(args), *self.values(args[1:])]
             else:
                 args = self.values(args)
-            if kwargs:
-                kwargs = {key: self.value(value) for key, value in kwargs.items()}
+            kwargs = {key: self.value(one) for key, one in kwargs.items()} if kwargs else {}
             if name == CALL:
                 if not is_good(target, written, args, kwargs):
                     for complaint in complaints(target, written, tuple(args), kwargs):
@@ -589,9 +595,8 @@ class _Reader:
                 _refuse("an argument has a name that Python does not know")
         except _Refused as refused:
             raise WireError.content(self._where(name), str(refused)) from None
-        index, own = len(self.nodes), dict(kwargs)
-        node = Node(index, name, target, tuple(args), own, invoke, self.files[file], line)
-        self.nodes.append(node)
+        index, path = len(self.nodes), self.files[file]
+        self.nodes.append(Node(index, name, target, tuple(args), kwargs, invoke, path, line))
 
     def _where(self, kind: str) -> str:
         return f"Node {len(self.nodes)} ({kind[:40]!r})"
@@ -605,7 +610,7 @@ class _Reader:
                 if type(index) is int and 0 <= index < len(nodes):
                     found.append(nodes[index])
                     continue
-            elif one is None or kind is bool or kind is str or kind is float:
+            elif kind in _PLAIN or (kind is int and LEAST <= one <= MOST):
                 found.append(one)
                 continue
             found.append(self.value(one))
@@ -613,7 +618,7 @@ class _Reader:
 
     def value(self, written: Any) -> Any:
         kind = type(written)
-        if written is None or kind is bool or kind is str or kind is float:
+        if kind in _PLAIN:
             return written
         if kind is int:
             if not LEAST <= written <= MOST:
@@ -624,7 +629,7 @@ class _Reader:
             _refuse(f"an argument is nested deeper than {self._limits.depth} containers")
         if kind is list:
             self._count(len(written))
-            found = self.values(written)
+            found: Any = self.values(written)
         elif kind is not dict or len(written) != 1:
             _refuse("an argument is no tagged value")
         else:
@@ -653,7 +658,7 @@ class _Reader:
     def tensor(self, index: Any) -> Captured:
         if type(index) is not int or not 0 <= index < len(self.tensors):
             _refuse(f"an argument is tensor {index!r:.80}, which is not in the list of tensors")
-        return Captured(self.tensors[index], self.names[index])
+        return self.tensors[index]
 
     def operation(self, name: Any, alone: bool = False) -> Operation:
         """An allowed operation; as an argument (`alone`) only beside the values, not in containers."""
@@ -756,7 +761,9 @@ def _unpack(data: bytes, limits: Limits) -> Package:
     graph.branched = any(node.target is GUARDED or node.target is SELECT for node in known)
     graph.stops = [node for node in known if is_stop(node)]
     graph.passed = {(one.invoke, one.args[1]): one for one in known if one.target is PASSED}
-    graph.needs_grad = bool(graph.backwards) or any(one.requires_grad for one in reader.tensors)
+    graph.needs_grad = bool(graph.backwards) or any(
+        one.tensor.requires_grad for one in reader.tensors
+    )
     count = len(graph.nodes)
     for index in record.traced:
         if not 0 <= index < count or graph.nodes[index].kind == WRITE:
