@@ -276,7 +276,8 @@ class Known:
         """What has to run at the block's exit."""
         graph = tracer.graph
         rest = Part(self._graph(graph), None, True, writes=graph.writes)
-        rest.graph.saves, rest.graph.writes = graph.saves, graph.writes
+        rest.graph.saves, rest.graph.rounds = graph.saves, graph.rounds
+        rest.graph.writes = graph.writes
         if tracer.generates or tracer.uses_output:
             _read_again(rest, graph)
             return rest

@@ -951,6 +951,9 @@ class Run:
         """
         if self._ambiguous:
             self._refuse_ambiguous()
+        for number, (invoke, step) in self.graph.rounds.items():
+            if not self._came(invoke, step):
+                self._take_back(*self.graph.saves[number], step)
         for index, boxes in self._boxes.items():
             for box in boxes:
                 if not box.full and box.error is None:
@@ -968,6 +971,20 @@ class Run:
             if node.target.step == 0 and node.target.port != "result":
                 read = self._missing(node) or node
                 raise StepError.never_ran(read.describe(), read.location, self._reason(read))
+
+    def _came(self, invoke: int, step: int) -> bool:
+        """True if the generation of an invoke, or of any where it sees the whole batch, had a step."""
+        known = self.reached.get(invoke)
+        most = max(self.reached.values(), default=step + 1) if known is None else known
+        return step < most
+
+    def _take_back(self, node: Node, box: Box, step: int) -> None:
+        """A value is known that is saved at a step that never came, as it does not depend on it."""
+        if box.full:
+            reason = f"the generation of its prompt ended before step {step}"
+            box.value, box.full = None, False
+            box.error = StepError.never_ran(node.describe(), node.location, reason)
+            box.error.ended = True
 
     def _refuse_ambiguous(self) -> None:
         """Take back what came of reads that do not say which of several calls they mean."""

@@ -320,7 +320,7 @@ class Clock:
             self.begins_with = ids.shape[1]
         if run.places is None and not self._watches:
             run.step = step  # the one invoke sees the whole value, whatever its rows are
-            run.reached = dict.fromkeys(run.extents, step + 1)
+            run.reached.update(dict.fromkeys(run.extents, step + 1))
             if step == self._until:
                 raise Stop
             return

@@ -855,13 +855,14 @@ class LanguageModel(Model):
     ) -> Iterator[None]:
         part = tracer.part
         counts = part is not None and part.counts
-        watched = bool(run.sites or run.stopped or counts)
+        rounds = bool(tracer.graph.rounds)
+        watched = bool(run.sites or run.stopped or counts or rounds)
         if not tracer.generates or not (watched or self.config.is_encoder_decoder):
             yield
             return
         stops = bool(tracer.graph.stops)
         endings = self._options(tracer).endings()
-        later = counts or any(site.wanted_after_first() for site in run.sites)
+        later = counts or rounds or any(site.wanted_after_first() for site in run.sites)
         watches = later and (endings is not None or stops)
         kind = StoppingClock if stops else Clock
         until = part.until if counts else None

@@ -38,7 +38,7 @@ class Branch(Graph):
         super().__init__()
         self.nodes, self.saves, self.writes = around.nodes, around.saves, around.writes
         self.backwards, self.traced, self.passed = around.backwards, around.traced, around.passed
-        self.stops = around.stops
+        self.stops, self.rounds = around.stops, around.rounds
         self.lasting, self.needs_grad = around.lasting, around.needs_grad
         self.fixed_positions, self.branched = around.fixed_positions, True
         self.counts_tokens = around.counts_tokens

@@ -83,6 +83,7 @@ class Graph:
     Attributes:
         nodes: every node; `nodes[i].index == i` and arguments come before their users.
         saves: saved nodes and the boxes that wait for their values, until the run has ended.
+        rounds: of saves in a loop over steps, by number: the invoke and the step that each is of.
         writes: the last WRITE node of each invoke at each hook point.
         backwards: the nodes of `backward()`, in recorded order.
         stops: the nodes of `stop()`, in recorded order.
@@ -109,6 +110,7 @@ class Graph:
         "nodes",
         "passed",
         "plans",
+        "rounds",
         "saves",
         "stops",
         "traced",
@@ -125,6 +127,7 @@ class Graph:
         self.fixed_positions = self.counts_tokens = False
         self.nodes: list[Node] = []
         self.saves: list[tuple[Node, Box]] = []
+        self.rounds: dict[int, tuple[int, int]] = {}
         self.writes: dict[tuple[int, HookPoint], Node] = {}
         self.needs_grad = self.branched = False
         self.backwards: list[Node] = []

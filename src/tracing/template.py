@@ -94,7 +94,10 @@ class Template:
         for node, series in self.saves:
             # A value from before the loop is the same in every step.
             kept = values.get(node.index, node)
-            graph.saves.append((kept, series.part(len(graph.saves), recording.serial, invoke)))
+            number = len(graph.saves)
+            if step:
+                graph.rounds[number] = recording.invoke if invoke is None else invoke, step
+            graph.saves.append((kept, series.part(number, recording.serial, invoke)))
         graph.needs_grad = graph.needs_grad or self.needs_grad
         if self.lasting and not step:
             placed = range(first, len(graph.nodes))

@@ -113,7 +113,7 @@ def test_steps_that_never_come_leave_a_shorter_list(model) -> None:
         for _ in tracer.iter[:]:
             singles.append(model.transformer.h[1].output.save())
     assert len(hidden) == new < 8
-    assert number.value[:new] == list(range(new))
+    assert number.value == list(range(new))
     assert len(singles) == new
     assert singles[new - 1].value.shape[0] == 1
 
@@ -124,6 +124,41 @@ def ending(model, prompt, at):
     token = int(ids[0, -1])
     width = len(model.tokenizer(prompt)["input_ids"])
     return {"eos_token_id": token}, 1 + ids[0, width:].tolist().index(token)
+
+
+@pytest.mark.parametrize("stops", [True, False])
+def test_what_does_not_depend_on_the_step_is_saved_for_steps_that_come(model, stops) -> None:
+    """Of each prompt for its own steps, as in a loop around plain forwards."""
+    options, new = ({}, 3) if stops else ending(model, PROMPT, 2)
+    _, seen = forwards(model, PROMPT, 8, **options)
+    _, others = forwards(model, OTHER, 8, **options)
+    with model.generate(max_new_tokens=8, **options) as tracer:
+        with tracer.invoke(PROMPT):
+            hidden = model.transformer.h[1].output[0]
+            with tracer.all() as step:
+                mine, numbers = (hidden * 1).save(), step.save()
+                if stops:
+                    with tracer.cond(step == new - 1):
+                        tracer.stop()
+        with tracer.invoke(OTHER), tracer.iter[1:]:
+            other = (model.transformer.h[1].output[0].mean() * 0).save()
+            constant = (hidden * 2).save()
+        with tracer.invoke(), tracer.all() as step:
+            every = step.save()
+    assert numbers.value == list(range(new)) and 1 < new < 8
+    assert every.value == list(range(max(new, len(others))))
+    assert len(constant) == len(other) == len(others) - 1
+    for value in mine:
+        torch.testing.assert_close(value, seen[0], atol=1e-5, rtol=1e-4)
+
+
+def test_a_loop_that_saves_nothing_of_its_steps_has_one_value_for_each(model) -> None:
+    options, new = ending(model, PROMPT, 2)
+    with model.generate(PROMPT, max_new_tokens=8, **options) as tracer:
+        hidden = model.transformer.h[1].output[0]
+        with tracer.all():
+            found = (hidden * 1).save()
+    assert len(found) == new < 8
 
 
 def test_a_for_loop_has_as_many_rounds_as_the_generation_has_steps(model) -> None:
