@@ -1048,9 +1048,14 @@ def _gradient(proxy: Proxy) -> Any:
 def _put_on_path(root: Proxy, node: Node) -> None:
     """Let autograd pass through the value of `node`, which is that of `root` or a part of it."""
     recording, graph, place = root._recording, root._recording.graph, root._place
-    if place is not None and root._node.kind == READ and type(place[1]) is HookPoint:
-        graph.traced.add(root._node.index)
-        if recording.current.get(place) is root and place not in graph.writes:
+    if place is not None and type(place[1]) is HookPoint:
+        arrived = root._node
+        while arrived.target is PUT:  # beside the part that was changed, what arrived goes on
+            arrived = arrived.args[0]
+        if arrived.kind == READ:
+            graph.traced.add(arrived.index)
+        is_read = root._node.kind == READ
+        if is_read and recording.current.get(place) is root and place not in graph.writes:
             _write(recording, place, root._node)
     graph.traced.add(node.index)
 

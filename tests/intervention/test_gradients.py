@@ -509,3 +509,36 @@ def autograd_of_parameters(hf):
     expected = [p.grad.clone() for p in hf.parameters()]
     hf.zero_grad()
     return got, expected
+
+
+def test_the_gradient_of_keys_beside_values_that_were_assigned() -> None:
+    """They are parts of one place, and go on as they came, in a batch of other lengths."""
+    module = llama()
+    model = LanguageModel(module)
+    with model.trace() as tracer:
+        with tracer.invoke(FIRST):
+            model.layers[1].resid_pre.save()
+        with tracer.invoke(SECOND):
+            keys = model.layers[1].k
+            model.layers[1].v = model.layers[1].v * 0.5
+            model.layers[1].resid_post.tanh().sum().backward()
+            found = keys.grad.save()
+    attention, seen = module.model.layers[1].self_attn, []
+
+    def keep(_module: object, _args: object, output: torch.Tensor) -> None:
+        output.retain_grad()
+        seen.append(output)
+
+    handles = [
+        attention.k_proj.register_forward_hook(keep),
+        attention.v_proj.register_forward_hook(lambda _m, _a, output: output * 0.5),
+        module.model.layers[1].register_forward_hook(lambda _m, _a, output: seen.append(output)),
+    ]
+    module(torch.tensor([SECOND]))
+    for handle in handles:
+        handle.remove()
+    before, output = seen
+    (output[0] if isinstance(output, tuple) else output).tanh().sum().backward()
+    # The keys are turned by their positions behind the projection, which leaves lengths as they are.
+    expected = before.grad.unflatten(-1, (2, -1)).norm(dim=-1)
+    torch.testing.assert_close(found.norm(dim=-1), expected, rtol=1e-4, atol=1e-5)
