@@ -116,9 +116,9 @@ class Cond:
         assert isinstance(branch, Branch)
         graph, recording.no_values, recording.no_gradients, guard = self._before
         graph.branched = True
-        graph.needs_grad = branch.needs_grad
-        graph.fixed_positions = branch.fixed_positions
-        graph.counts_tokens = branch.counts_tokens
+        graph.needs_grad |= branch.needs_grad
+        graph.fixed_positions |= branch.fixed_positions
+        graph.counts_tokens |= branch.counts_tokens
         recording.graph = graph
         if self._wanted:
             recording.decided = guard, len(graph.nodes)

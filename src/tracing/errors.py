@@ -340,6 +340,14 @@ class BlockError(GraftworkError):
         )
 
     @classmethod
+    def cut_in_branch(cls, what: str, at: Location, branch: Location) -> BlockError:
+        return cls(
+            f"A value from before a branch is written below it: {what} ({at}). In the branch its place "
+            f"was assigned ({branch}), so whether it is still there is known only in the run. Read the "
+            "place again, or write into it with `[:]` in the branch."
+        )
+
+    @classmethod
     def changes_outer(cls, what: str, location: Location) -> BlockError:
         return cls(
             f"{what} is from before the `with tracer.iter[…]` block and is changed in it. Use "

@@ -984,6 +984,8 @@ def _assign(proxy: Proxy, node: Node) -> None:
         return
     if recording.loop is not None and proxy._node.index < recording.loop:
         raise BlockError.changes_outer(proxy._node.describe(), proxy._node.location)
+    if recording.cut:
+        _check_cut(proxy)
     if recording.graph.guard is not None:
         node = recording.graph.select(node, proxy._node, recording.invoke)  # type: ignore[attr-defined]
     proxy._node = node
@@ -991,6 +993,27 @@ def _assign(proxy: Proxy, node: Node) -> None:
     # A proxy whose hook point was assigned anew since stands for the old value alone.
     if place is not None and recording.current.get(place) is proxy:
         _write(recording, place, node)
+
+
+def _cut(proxy: Proxy) -> None:
+    """What `proxy` stands for is assigned anew; below a branch it may still be there, or not."""
+    recording = proxy._recording
+    if recording.graph.guard is not None:
+        recording.cut[id(proxy)] = (proxy, recording.graph, user_line(4))
+
+
+def _check_cut(proxy: Proxy) -> None:
+    """Refuse to write into what a branch, which is closed by now, may have cut off from its place."""
+    recording = proxy._recording
+    found = recording.cut.get(id(proxy))
+    if found is None:
+        return
+    _, branch, location = found
+    graph: Any = recording.graph
+    while graph is not branch:
+        if graph.guard is None:
+            raise BlockError.cut_in_branch(proxy._node.describe(), proxy._node.location, location)
+        graph = graph.around
 
 
 def _gradient(proxy: Proxy) -> Any:
@@ -1169,6 +1192,7 @@ def assign(recording: Recording, proxy: Proxy, value: Any) -> None:
         node = recording.graph.select(node, before, recording.invoke)  # type: ignore[attr-defined]
     _write(recording, place, node)
     recording.bound.setdefault(place, before)
+    _cut(proxy)
     recording.current[place] = proxy._kind(recording, node, place)
 
 
@@ -1246,6 +1270,7 @@ def _let_go(
     parts = [i for i, view in enumerate(meant) if _is_container_part(view)]
     at = nodes[parts[0]] if parts else root._node
     part = Handle(owner._recording, at)
+    _cut(part)
     for view, node in zip(meant, nodes, strict=True):
         view._node, view._parent, view._seen = node, part, at
         if _is_container_part(view):
@@ -1265,6 +1290,7 @@ def _bind_anew(proxy: Proxy) -> None:
             if _same_view(view, proxy):
                 view._node, view._seen = _current(view), None
                 view._parent = view._view = None
+                _cut(view)
         return
     chain.reverse()
     root, top = chain[0], 0
@@ -1276,6 +1302,7 @@ def _bind_anew(proxy: Proxy) -> None:
     place, recording = root._place, root._recording
     if place is not None and recording.current.get(place) is root:
         recording.bound.setdefault(place, root._node)
+        _cut(root)
         again = recording.current[place] = root._kind(recording, root._node, place)
         chain[1]._parent = again
 

@@ -67,6 +67,7 @@ class Recording:
         step: the forward that the open invoke talks about.
         current: per invoke and hook point, the proxy of what is there now (see `Proxy`).
         states: what is computed beside the values at places (see states.py).
+        cut: by id, the handles whose places were assigned anew in a branch, with that and its line.
         bound: the places that were assigned anew, with what was there before.
         serial: a number that no other recording has.
         saved: the proxies that `save()` returned, until the block has ended.
@@ -102,6 +103,7 @@ class Recording:
         "compute",
         "containers",
         "current",
+        "cut",
         "decided",
         "early",
         "graph",
@@ -134,6 +136,7 @@ class Recording:
         self.current: dict[tuple[int, HookPoint], Any] = {}
         self.states: dict[Any, Any] = {}
         self.bound: dict[tuple[int, HookPoint], Node] = {}
+        self.cut: dict[int, tuple[Any, Graph, Any]] = {}
         self.saved: list[Any] = []
         self.retained: list[Any] = []
         self.containers: list[Any] = []
@@ -164,6 +167,7 @@ class Recording:
         self.current.clear()
         self.states.clear()
         self.bound.clear()
+        self.cut.clear()
         self.parameters.clear()
         self.lent.clear()
         self.parts.clear()

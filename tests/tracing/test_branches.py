@@ -341,3 +341,25 @@ def test_values_on_demand_after_a_branch(model: Any) -> None:
         logits = model.lm_head.output.save()
     assert total == 5 * 8 * 128
     close(logits, plain(model, PROMPTS[0], lambda _, hidden: hidden.fill_(5)))
+
+
+def test_a_handle_whose_place_a_branch_assigned_is_written_in_the_branch_alone(model: Any) -> None:
+    layer = model.layers[1]
+    names = ("resid_post", "head_out", "z")
+
+    def assigned(name: str, below: bool) -> Any:
+        with model.trace(PROMPTS[0]) as tracer:
+            old = getattr(layer, name)
+            with tracer.cond(model.layers[0].resid_post.sum() > 1e9):
+                setattr(layer, name, getattr(layer, name) * 2)
+                old[:] = 7  # cut off here, so nothing of the model
+            if below:
+                old[:] = 7
+            return model.lm_head.output.save()
+
+    with model.trace(PROMPTS[0]):
+        expected = model.lm_head.output.save()
+    for name in names:
+        with pytest.raises(BlockError, match="was assigned"):
+            assigned(name, below=True)
+        close(assigned(name, below=False), expected)
