@@ -45,7 +45,8 @@ def with_eager_attention(
         hidden = next(iter(bound.arguments.values()))
         if mask is not None:
             given = bound.arguments.get(mask)
-            bound.arguments[mask] = _additive(module, given, hidden)
+            passed = (*bound.args, *bound.kwargs.values())
+            bound.arguments[mask] = _additive(module, given, hidden, passed)
         module.config = eager
         wide = hidden.dtype == torch.float64
         try:
@@ -72,8 +73,22 @@ class _SoftmaxInOwnType(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def _keys(module: torch.nn.Module, passed: tuple[Any, ...], queries: int) -> int:
+    """How many keys the module will have for its queries, by the cache among what it was passed: one
+    of a fixed length gives those that are not written yet, too."""
+    layer = getattr(module, "layer_idx", None)
+    cache = next((one for one in passed if hasattr(one, "get_mask_sizes")), None)
+    if cache is None or layer is None:
+        return queries
+    keys: int = cache.get_mask_sizes(queries, layer)[0]
+    return keys
+
+
 def _additive(
-    module: torch.nn.Module, mask: torch.Tensor | None, hidden: torch.Tensor
+    module: torch.nn.Module,
+    mask: torch.Tensor | None,
+    hidden: torch.Tensor,
+    passed: tuple[Any, ...],
 ) -> torch.Tensor | None:
     """The mask of a fused implementation as numbers that are added to the scores.
 
@@ -81,6 +96,7 @@ def _additive(
         mask: None (causal for several queries where the module is), booleans or numbers
             [batch, 1 or head, query, key], or [batch, key] with zeros for padding.
         hidden: [batch, query, d_model].
+        passed: all that the module was given, its cache among it.
     """
     queries = hidden.shape[1]
     lowest = torch.finfo(hidden.dtype).min
@@ -88,7 +104,9 @@ def _additive(
     if mask is None:
         if not causal or queries == 1:
             return None
-        visible = torch.ones(queries, queries, dtype=torch.bool, device=hidden.device).tril()
+        # Torch's own causal mask, which stands in for one that is left out, begins at the first key.
+        keys = _keys(module, passed, queries)
+        visible = torch.ones(queries, keys, dtype=torch.bool, device=hidden.device).tril()
         mask = visible[None, None]
     elif mask.ndim == 2:
         keys = mask.shape[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -93,3 +94,26 @@ def test_a_batch_of_sampled_prompts_ends_as_transformers_ends_it(model: Language
             with generator.invoke(prompt), generator.all():
                 model.transformer.h[0].output.save()
     assert torch.equal(generator.output, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_the_pattern_over_a_cache_of_fixed_length_is_that_of_eager_attention(
+    name: str, tools: Any
+) -> None:
+    ids = torch.arange(1, 8).unsqueeze(0)
+    options = {"max_new_tokens": 3, "do_sample": False, "cache_implementation": "static"}
+    plain = copy.deepcopy(tools.module(name))
+    plain.set_attn_implementation("eager")
+    expected = plain.generate(
+        ids, output_attentions=True, return_dict_in_generate=True, eos_token_id=None, **options
+    )
+    module = copy.deepcopy(tools.module(name))
+    module.set_attn_implementation("sdpa")
+    model = LanguageModel(module)
+    with model.generate(ids, eos_token_id=None, **options) as generator, generator.all():
+        pattern = model.layers[1].pattern.save()
+    assert torch.equal(generator.output, expected.sequences)
+    assert [one.shape for one in pattern] == [step[1].shape for step in expected.attentions]
+    for found, step in zip(pattern, expected.attentions, strict=True):
+        torch.testing.assert_close(found, step[1], atol=1e-5, rtol=1e-4)
