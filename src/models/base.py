@@ -243,12 +243,53 @@ class Model(Envoy):
     def to(self, *args: Any, **kwargs: Any) -> Model:
         """Move or cast the module, as `torch.nn.Module.to` does, loaded if need be; gives the model."""
 
-        def move() -> None:
-            self.load().to(*args, **kwargs)
-            self.refresh(changed=True)
+        return self._changed("to", *args, **kwargs)
 
-        self._lock.during(move)
+    def _changed(self, name: str, *args: Any, **kwargs: Any) -> Model:
+        """The model, after a method of its module that changes it and returns it."""
+
+        def change() -> None:
+            getattr(self.load(), name)(*args, **kwargs)
+            self.refresh(changed=name not in ("eval", "train", "requires_grad_"))
+
+        self._lock.during(change)
         return self
+
+    def half(self) -> Model:
+        """As `to(torch.float16)`."""
+        return self._changed("half")
+
+    def float(self) -> Model:
+        """As `to(torch.float32)`."""
+        return self._changed("float")
+
+    def double(self) -> Model:
+        """As `to(torch.float64)`."""
+        return self._changed("double")
+
+    def bfloat16(self) -> Model:
+        """As `to(torch.bfloat16)`."""
+        return self._changed("bfloat16")
+
+    def cpu(self) -> Model:
+        """As `to("cpu")`."""
+        return self._changed("cpu")
+
+    def cuda(self, device: Any = None) -> Model:
+        """As `to("cuda")`."""
+        return self._changed("cuda", device)
+
+    def eval(self) -> Model:
+        """As that of the module; gives the model."""
+        return self._changed("eval")
+
+    def train(self, mode: bool = True) -> Model:
+        """As that of the module; gives the model."""
+        return self._changed("train", mode)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Model:
+        """As that of the module; gives the model."""
+        return self._changed("requires_grad_", requires_grad)
 
     # ---------------------------------------------------------------- the module
 

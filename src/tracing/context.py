@@ -23,6 +23,7 @@ from .errors import (
     Location,
     NotRunError,
     OperationError,
+    ScheduleError,
     near,
 )
 from .experiment import Experiment
@@ -570,8 +571,21 @@ class Tracer(Block):
             again.recording.graph = graph
             again.run()
 
-        experiment = Experiment(self.graph, first, run)
+        experiment = Experiment(self.graph, first, run, self._sized())
         return experiment
+
+    def _sized(self) -> Node | None:
+        """A value whose size was told in the block and is another one for other prompts."""
+        if not self.recording.sized:
+            return None
+        oracle = self._backend.oracle(self)
+        for node in dict.fromkeys(self.recording.sized):
+            try:
+                if None in oracle.sizes(node):
+                    return node
+            except ScheduleError:
+                return node
+        return None
 
     @property
     def iter(self) -> Iter:

@@ -8,6 +8,7 @@ from typing import Any
 from .errors import BlockError, InputError, StepError
 from .frames import entry
 from .graph import Box, Graph
+from .node import Node
 from .proxy import Proxy
 
 
@@ -55,12 +56,17 @@ class Experiment:
     """
 
     def __init__(
-        self, graph: Graph, prompts: list[Any], run: Callable[[Graph, tuple[Any, ...]], None]
+        self,
+        graph: Graph,
+        prompts: list[Any],
+        run: Callable[[Graph, tuple[Any, ...]], None],
+        sized: Node | None = None,
     ) -> None:
         self.graph = graph
         self.prompts = len(prompts)
         self._first = prompts
         self._run = run
+        self._sized = sized
 
     @entry
     def __call__(self, *prompts: Any) -> Results:
@@ -93,6 +99,13 @@ class Experiment:
                 raise InputError(
                     f"the block was written for a prompt of {len(before.lengths)} rows, this one has "
                     f"{len(after.lengths)}."
+                )
+            if self._sized is not None and before.lengths != after.lengths:
+                what, at = self._sized.describe(), self._sized.location
+                raise InputError(
+                    f"the block asked for a size of {what} ({at}), which was that of a prompt of "
+                    f"{before.lengths} tokens and is another one for {after.lengths}. Write the block "
+                    "without that number (`h.mean(1)`, `h.t.mean()`), or open a new one."
                 )
             if self.graph.fixed_positions and before.lengths != after.lengths:
                 raise InputError(

@@ -78,6 +78,7 @@ _SHAPE_METHODS = frozenset(
     "size dim numel nelement ndimension is_floating_point is_complex is_signed element_size".split()
 )
 _SIZES = frozenset({"size", "numel", "nelement"})
+_COUNTS = _SIZES | {"nbytes", "stride", "storage_offset"}
 _SHAPE_PROPERTIES = frozenset("itemsize nbytes layout is_nested is_sparse is_quantized".split())
 _DICT_METHODS = frozenset({"keys", "values", "items", "get", "to_tuple"})
 _ON_DEMAND = frozenset({"item", "tolist", "numpy"})
@@ -252,6 +253,8 @@ class Proxy:
         """
         if self._recording.loop is not None and self._recording.state is OPEN:
             return _lasting_shape(self)
+        if self._recording.state is OPEN:
+            self._recording.sized.append(_current(self))
         return _described(self, lambda leaf: leaf.shape)
 
     @property
@@ -377,6 +380,7 @@ class Proxy:
     def _length(self, use: str) -> int:
         fake = _sized(self)
         recording = self._recording
+        recording.sized.append(_current(self))
         if recording.loop is not None and isinstance(fake, torch.Tensor) and fake.ndim:
             size = recording.ask().sizes(_current(self))[0]
             if size is None:
@@ -414,6 +418,8 @@ class Proxy:
         if name in _SIZES and self._recording.loop is not None:
             return functools.partial(_lasting_size, self, name)
         if name in _SHAPE_METHODS or name in _SHAPE_PROPERTIES:
+            if name in _COUNTS:
+                self._recording.sized.append(_current(self))
             return getattr(_sized(self), name)
         if name in _ON_DEMAND:
             return lambda *args: getattr(self._on_demand(f".{name}()"), name)(*args)

@@ -90,6 +90,7 @@ class Recording:
         no_values: why no value can be had here; None where it can.
         no_gradients: why no `backward()` can be here; None where it can.
         early: checks what was recorded since, at its line; None where only the exit does.
+        sized: the values whose sizes were told to the user.
         asked: invokes whose sizes or values were asked for while the block was written.
         backward: which backward `.grad` means, inside `with loss.backward():`.
     """
@@ -123,6 +124,7 @@ class Recording:
         "saved",
         "serial",
         "session",
+        "sized",
         "state",
         "states",
         "step",
@@ -156,6 +158,7 @@ class Recording:
         self.around: dict[tuple[int, HookPoint], Any] = {}
         self.caches: list[Any] = []
         self.asked: set[int] = set()
+        self.sized: list[Node] = []
         self.backward: int | None = None
         self.no_gradients: str | None = None
         self.early: Callable[[], None] | None = None

@@ -619,3 +619,21 @@ def test_a_view_whose_edits_were_not_recorded_to_the_end_is_refused() -> None:
             use(views[0])
     with model.trace("a"):
         model.lm_head.output.save()
+
+
+def test_methods_that_change_the_module_give_the_model() -> None:
+    module = mlp()
+    model = Model(module)
+    assert model.double() is model and module[0].weight.dtype == torch.float64
+    with model.trace(torch.ones(1, 6, dtype=torch.float64)):
+        out = model[0].output.save()
+    assert out.dtype == torch.float64
+    assert model.half().bfloat16().float() is model and module[0].weight.dtype == torch.float32
+    assert model.train() is model and module.training
+    assert model.eval().requires_grad_(False).cpu() is model
+    assert not module.training and not any(p.requires_grad for p in module.parameters())
+    lazy = LanguageModel("graftwork/tiny")
+    assert lazy.cpu().double() is lazy and lazy.loaded
+    with lazy.trace("Big Ben"):
+        logits = lazy.lm_head.output.save()
+    assert logits.dtype == torch.float64

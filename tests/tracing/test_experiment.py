@@ -181,3 +181,22 @@ def test_an_unsaved_handle_is_not_among_the_results(model: LanguageModel) -> Non
         hidden.sum().save()
     with pytest.raises(KeyError, match="not saved"):
         tracer.compile()([4])[hidden]
+
+
+def test_a_size_that_was_that_of_the_prompt_is_not_taken_for_anothers(gpt2: LanguageModel) -> None:
+    with gpt2.trace([[5, 6, 7]]) as tracer:
+        hidden = gpt2.transformer.h[1].output[0]
+        mean = (hidden.sum(1) / hidden.shape[1]).save()
+    experiment = tracer.compile()
+    other = experiment([[8, 9, 10]])[mean]
+    with gpt2.trace([[8, 9, 10]]):
+        expected = gpt2.transformer.h[1].output[0].mean(1).save()
+    torch.testing.assert_close(other, expected)
+    for ids in ([[8, 9]], [[1, 2, 3, 4]]):
+        with pytest.raises(InputError, match="asked for a size"):
+            experiment(ids)
+    with gpt2.trace([[5, 6, 7]]) as tracer:
+        logits = gpt2.lm_head.output
+        last = logits[:, -1]
+        last = (last / last.shape[-1]).save()  # a size that is the model's own
+    assert tracer.compile()([[8, 9]])[last].shape == last.shape
