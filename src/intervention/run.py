@@ -602,13 +602,14 @@ class Run:
         """Copy what is still needed after this arrival and lies in the model's own memory: the model
         may write there later, and a part would keep the whole batch alive."""
         arrived = {
-            leaf.untyped_storage().data_ptr()
+            place
             for leaf in leaves(value)
             if isinstance(leaf, torch.Tensor)
+            for place in _memory(leaf)
         }
 
         def copy(leaf: Any) -> Any:
-            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage().data_ptr() in arrived:
+            if isinstance(leaf, torch.Tensor) and not arrived.isdisjoint(_memory(leaf)):
                 return leaf.clone()
             return leaf
 
@@ -1044,3 +1045,14 @@ def no_grad(graph: Graph) -> Any:
     """Gradients are recorded only if the block or a prompt has a tensor that asks for them."""
     wanted = bool(graph.backwards) or (torch.is_grad_enabled() and graph.needs_grad)
     return torch.set_grad_enabled(wanted)
+
+
+def _memory(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Where the numbers of a tensor lie."""
+    if tensor.layout is torch.strided:
+        return (tensor.untyped_storage().data_ptr(),)
+    if tensor.layout is torch.sparse_coo:
+        return (*_memory(tensor._indices()), *_memory(tensor._values()))
+    if tensor.layout in (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc):
+        return _memory(tensor.values())
+    return (id(tensor),)

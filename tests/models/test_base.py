@@ -637,3 +637,25 @@ def test_methods_that_change_the_module_give_the_model() -> None:
     with lazy.trace("Big Ben"):
         logits = lazy.lm_head.output.save()
     assert logits.dtype == torch.float64
+
+
+def test_a_sparse_output_is_computed_with_and_saved() -> None:
+    class Sparse(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(x).relu().to_sparse()
+
+    module, x, right = Sparse(), torch.randn(3, 4), torch.randn(4, 2)
+    with Model(module).trace(x) as tracer:
+        dense = tracer.output.to_dense().save()
+        double = (tracer.output * 2).save()
+        product = torch.sparse.mm(tracer.output, right).save()
+        whole = tracer.output.save()
+    expected = module(x).detach()
+    assert torch.equal(dense, expected.to_dense())
+    assert torch.equal(double.to_dense(), 2 * expected.to_dense())
+    assert torch.equal(product, expected.to_dense() @ right)
+    assert torch.equal(whole.to_dense(), expected.to_dense())
