@@ -21,9 +21,11 @@ ROOMS: dict[str, set[str]] = {
     "intervention": {"tracing"},
     "envoy": {"tracing"},
     "policies": {"tracing", "envoy"},
-    "models": {"tracing", "intervention", "envoy", "policies"},
-    "lens": {"tracing", "intervention", "envoy", "models", "policies"},
-    "pruning": {"tracing", "intervention", "envoy", "models", "policies"},
+    "inputs": {"tracing", "intervention", "envoy"},
+    "engines": {"tracing", "intervention", "envoy", "inputs"},
+    "models": {"tracing", "intervention", "envoy", "policies", "inputs", "engines"},
+    "lens": {"tracing", "intervention", "envoy", "models", "policies", "inputs", "engines"},
+    "pruning": {"tracing", "intervention", "envoy", "models", "policies", "inputs", "engines"},
 }
 HEAVY = ("transformers", "accelerate", "bitsandbytes", "diffusers")
 VAGUE_NAMES = {"util", "utils", "helper", "helpers", "common", "misc"}

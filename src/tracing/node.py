@@ -33,8 +33,7 @@ _DRAWS = "apply rand normal uniform dropout bernoulli multinomial exponential po
 KINDS = frozenset({READ, CALL, MODULE, PARAMETER, WRITE})
 
 _SRC = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-_ROOMS = ("tracing", "envoy", "intervention", "policies", "models", "lens", "pruning")
-IN_PACKAGE = tuple(os.path.join(_SRC, room) + os.sep for room in _ROOMS)
+IN_PACKAGE = tuple(room.path + os.sep for room in os.scandir(_SRC) if room.is_dir())
 TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 # Frames of these folders are never the user's: a module called on a proxy records from inside torch.
 _NOT_THE_USER = (*IN_PACKAGE, TORCH)

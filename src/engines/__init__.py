@@ -1,0 +1,1 @@
+"""Where a job runs: it plans, loads, runs and explains."""

@@ -1,0 +1,1 @@
+"""What a model is fed: reading prompts, batching them, counting steps, splitting results."""
