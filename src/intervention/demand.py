@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from ..tracing.context import Tracer
 from ..tracing.errors import ScheduleError
 from ..tracing.graph import Box, Graph, arguments
+from ..tracing.job import Job
 from ..tracing.node import CALL, PARAMETER, READ, WRITE, Captured, GradPoint, HookPoint, Node
 from ..tracing.operations import APPLY, GUARDED, PUT, SELECT, VIEW, Operation
 from ..tracing.structure import ATOMS, leaves, map_leaves
@@ -169,19 +169,19 @@ class Known:
         self._counted = False
         self._prompts = 0
 
-    def anew(self) -> Known:
-        """Of the same block, with nothing known but what it draws."""
-        again = Known()
-        again.random, again.put_back = self.random, self.put_back
-        return again
+    def forget(self) -> None:
+        """Know nothing of the block but what it draws and puts back."""
+        random, put_back = self.random, self.put_back
+        self.__init__()  # type: ignore[misc]
+        self.random, self.put_back = random, put_back
 
     # ---------------------------------------------------------------- what still holds
 
-    def update(self, tracer: Tracer, places: Places) -> None:
+    def update(self, job: Job, places: Places) -> None:
         """Forget what was changed by writes, and by prompts of the batch, recorded since."""
-        graph = tracer.graph
-        whole = {i.index for i in tracer.invokes if i.prompt is None}
-        prompts = len(tracer.invokes) - len(whole)
+        graph = job.graph
+        whole = {i for i, p in enumerate(job.prompts) if p is None}
+        prompts = len(job.prompts) - len(whole)
         grown = prompts != self._prompts and bool(whole)
         changed = [p for p, node in graph.writes.items() if self.writes.get(p) is not node]
         self.writes, self._prompts = dict(graph.writes), prompts
@@ -238,10 +238,10 @@ class Known:
 
     # ---------------------------------------------------------------- what has to run
 
-    def part(self, tracer: Tracer, node: Node, places: Places) -> Part:
+    def part(self, job: Job, node: Node, places: Places) -> Part:
         """What has to run for the value of `node`."""
-        graph = tracer.graph
-        need = _Need(self, tracer, places, [node])
+        graph = job.graph
+        need = _Need(self, job, places, [node])
         part = Part(self._graph(graph), frozenset(need.prompted), False)
         self._carry_out(part, graph, need)
         wanted = [i for i in sorted(need.nodes) if _is_worth_keeping(graph.nodes[i])]
@@ -257,33 +257,33 @@ class Known:
                 part.resume.keeps[invoke] = ends[-1]
         return part
 
-    def count(self, tracer: Tracer, invoke: int, step: int, places: Places) -> Part:
+    def count(self, job: Job, invoke: int, step: int, places: Places) -> Part:
         """What has to run to tell whether the generation of an invoke has a step.
 
         The first time that is all of it: where a loop only reads, no other run is needed. Where it
         writes, how far the next round's step.
         """
-        need = _Need(self, tracer, places, tracer.graph.stops)
+        need = _Need(self, job, places, job.graph.stops)
         need.pass_by(invoke, HookPoint("", "result"))
         need.close()
-        part = Part(self._graph(tracer.graph), frozenset(need.prompted), False, counts=True)
+        part = Part(self._graph(job.graph), frozenset(need.prompted), False, counts=True)
         part.until = step if self._counted else None
         self._counted = True
-        self._carry_out(part, tracer.graph, need)
+        self._carry_out(part, job.graph, need)
         return part
 
-    def rest(self, tracer: Tracer, places: Places) -> Part:
+    def rest(self, job: Job, places: Places) -> Part:
         """What has to run at the block's exit."""
-        graph = tracer.graph
+        graph = job.graph
         rest = Part(self._graph(graph), None, True, writes=graph.writes)
         rest.graph.saves, rest.graph.rounds = graph.saves, graph.rounds
         rest.graph.writes = graph.writes
-        if tracer.generates or tracer.uses_output:
+        if job.entry.generates or job.uses_output:
             _read_again(rest, graph)
             return rest
         roots = [node for node, _ in graph.saves]
         roots += [n for place, n in graph.writes.items() if self.applied.get(place) is not n]
-        need = _Need(self, tracer, places, roots)
+        need = _Need(self, job, places, roots)
         for place, write in graph.writes.items():
             if self.applied.get(place) is not write:
                 need.pass_by(*place)
@@ -322,6 +322,21 @@ class Known:
         self.applied.update(part.writes)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Task:
+    """One run: of a job, or of a part of it.
+
+    Attributes:
+        job: what runs; of a part, with its graph.
+        part: None for the whole.
+        known: what earlier runs of the same block have found; None where there are none.
+    """
+
+    job: Job
+    part: Part | None = None
+    known: Known | None = None
+
+
 class _Need:
     """What the values of some nodes need of the forward.
 
@@ -334,20 +349,20 @@ class _Need:
         whole: the invokes that see the whole batch.
     """
 
-    def __init__(self, known: Known, tracer: Tracer, places: Places, roots: Iterable[Node]) -> None:
+    def __init__(self, known: Known, job: Job, places: Places, roots: Iterable[Node]) -> None:
         self._known = known
-        self._tracer = tracer
-        self._graph = tracer.graph
+        self._job = job
+        self._graph = job.graph
         self._places = places
         self._roots = list(roots)
         self._passed: list[Place] = []
-        self.whole = {i.index for i in tracer.invokes if i.prompt is None}
+        self.whole = {i for i, p in enumerate(job.prompts) if p is None}
         written = any(place[0] in self.whole for place in self._graph.writes)
         self._mixed = written
         self.floors: dict[int, Position] = {}
-        if not tracer.generates and not self._mixed:
+        if not job.entry.generates and not self._mixed:
             self.floors = {i: places.chain[block] for i, (block, _) in known.hidden.items()}
-        several = len(tracer.invokes) - len(self.whole) > 1
+        several = len(job.prompts) - len(self.whole) > 1
         if self.floors and several and self._looks_inside():
             self.floors.clear()
         self.close()
@@ -435,7 +450,7 @@ class _Need:
     def prompted(self) -> set[int]:
         """The prompts that run."""
         if self._mixed and self.stops:
-            return {i.index for i in self._tracer.invokes if i.prompt is not None}
+            return {i for i, p in enumerate(self._job.prompts) if p is not None}
         return set(self.stops)
 
     def ends(self) -> list[Node]:

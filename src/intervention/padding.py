@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from ..tracing.context import Tracer
 from ..tracing.errors import GraftworkError, PaddingWarning
 from ..tracing.graph import arguments
+from ..tracing.job import Recorded
 from ..tracing.node import CALL, READ, Captured, Node, user_frame
 from ..tracing.operations import GETITEM, GUARDED, SETITEM, TAKE
 from .shapes import Layout, Shapes, is_own
@@ -40,14 +40,14 @@ _OVER: dict[str, tuple[int, int | None]] = {
 _PARTS = frozenset({"select", "narrow", "index_select"})
 
 
-def warn_of_padding(tracer: Tracer, shapes: Shapes) -> None:
+def warn_of_padding(written: Recorded, shapes: Shapes) -> None:
     """Say once for each line of a block where padding is taken for tokens."""
-    ragged = {i.index for i in tracer.invokes if _is_ragged(tracer, i.prompt)}
+    ragged = {i for i, p in enumerate(written.prompts) if _is_ragged(written, p)}
     if not ragged:
         return
     said = set()
     registry = user_frame(2).f_globals.setdefault("__warningregistry__", {})
-    for node in tracer.recording.graph.nodes:
+    for node in written.graph.nodes:
         if node.kind != CALL or (node.file, node.line) in said:
             continue
         for message in _complaints(
@@ -58,11 +58,11 @@ def warn_of_padding(tracer: Tracer, shapes: Shapes) -> None:
             break
 
 
-def _is_ragged(tracer: Tracer, prompt: Any) -> bool:
+def _is_ragged(written: Recorded, prompt: Any) -> bool:
     """True if some row that an invoke sees has padding in it."""
     if prompt is not None:
         return any(length != prompt.width for length in prompt.lengths)
-    prompts = [i.prompt for i in tracer.invokes if i.prompt is not None]
+    prompts = [p for p in written.prompts if p is not None]
     return len({n for p in prompts for n in (p.width, *p.lengths)}) > 1
 
 

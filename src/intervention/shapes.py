@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
-from ..tracing.context import Tracer, columns_of
+from ..tracing.context import columns_of
 from ..tracing.errors import (
     BlockError,
     InputError,
@@ -26,6 +26,7 @@ from ..tracing.errors import (
 from ..tracing.frames import entry
 from ..tracing.graph import arguments
 from ..tracing.interpreter import Interpreter
+from ..tracing.job import Entry, Recorded
 from ..tracing.node import CALL, READ, Captured, GradPoint, HookPoint, Later, Node
 from ..tracing.operations import AGAIN, ELEMENT, GETITEM, ITEM, PUT, SETITEM, TAKE
 from ..tracing.structure import map_leaves
@@ -71,7 +72,7 @@ class Prompt(Protocol):
 class Structure(Protocol):
     """What is known of a model without its weights."""
 
-    def schedule(self, prompt: Any, tracer: Tracer, *, continued: bool = False) -> Schedule:
+    def schedule(self, prompt: Any, block: Recorded | None, *, continued: bool = False) -> Schedule:
         """What the forward does; `continued`, behind a cache that holds tokens."""
 
     def meta_module(self, path: str) -> torch.nn.Module: ...
@@ -89,29 +90,32 @@ class Structure(Protocol):
 
     def submodule(self, path: str) -> torch.nn.Module: ...
 
+    def get(self, path: str) -> Any:
+        """What a user finds at a path."""
+
     @property
     def tensor_places(self) -> dict[Hashable, bool]:
         """Which places hold one tensor, as far as it was asked."""
 
-    def gives_tensor(self, tracer: Tracer) -> bool:
+    def gives_tensor(self, entry: Entry) -> bool:
         """True if the entry point of the block returns one tensor, and no structure."""
 
-    def return_options(self, tracer: Tracer) -> Hashable:
+    def return_options(self, entry: Entry) -> Hashable:
         """Options of the block that change what modules return."""
 
-    def targets(self, tracer: Tracer, prompt: Any) -> int | None:
+    def targets(self, entry: Entry, prompt: Any) -> int | None:
         """How many tokens a decoder sees in the first forward; None where the prompt has no others."""
 
-    def keeps_cache(self, tracer: Tracer) -> bool:
+    def keeps_cache(self, entry: Entry) -> bool:
         """False if every forward of the generation sees all tokens so far."""
 
-    def rows_each(self, tracer: Tracer, path: str) -> int:
+    def rows_each(self, entry: Entry, path: str) -> int:
         """Rows that a module of a generation has for each row of a prompt: beams, say."""
 
-    def cached(self, tracer: Tracer, prompt: Any) -> int:
+    def cached(self, entry: Entry, prompt: Any) -> int:
         """Tokens that the user's own cache holds before the first forward."""
 
-    def grows_cache(self, tracer: Tracer, prompt: Any) -> bool:
+    def grows_cache(self, entry: Entry, prompt: Any) -> bool:
         """False if a cache has other entries than the tokens so far, as a static one has, so that only
         the run tells how many keys there are."""
 
@@ -156,8 +160,8 @@ _ROOM = "it has the keys of a cache whose room is not the tokens so far"
 class Shapes:
     """The oracle of one block."""
 
-    def __init__(self, tracer: Tracer, structure: Structure) -> None:
-        self._tracer = tracer
+    def __init__(self, written: Recorded, structure: Structure) -> None:
+        self._written = written
         self._structure = structure
         self._fakes: Fakes | None = None
         self._tensors: Tensors | None = None
@@ -186,10 +190,10 @@ class Shapes:
         """True if the value of `node` is known to be one tensor."""
         if self._tensors is None:
             structure = self._structure
-            options = structure.return_options(self._tracer)
+            options = structure.return_options(self._written.entry)
             result = options, "", "result"
             if result not in structure.tensor_places:
-                structure.tensor_places[result] = structure.gives_tensor(self._tracer)
+                structure.tensor_places[result] = structure.gives_tensor(self._written.entry)
             self._tensors = Tensors(
                 structure.submodule, structure.tensor_places, options, self.value
             )
@@ -205,7 +209,7 @@ class Shapes:
             OperationError: it is a port of that submodule, which is named otherwise.
         """
         path = f"{point.path}.{point.port}" if point.path else point.port
-        model = self._tracer.model
+        model = self._structure
         below = model.submodule(point.path)._modules.get(point.port)
         if below is None:
             return None
@@ -220,48 +224,48 @@ class Shapes:
 
     def _prompts(self, node: Node) -> list[Prompt]:
         """What the invoke of `node` sees: its own prompt, or those of the whole batch."""
-        invokes = self._tracer.invokes
         source = _source(node)  # of another invoke, it may be
         invoke = max((node if source is None else source).invoke, 0)
-        prompt = invokes[invoke].prompt if invoke < len(invokes) else None
-        return [prompt] if prompt is not None else [i.prompt for i in invokes if i.prompt]
+        prompts = self._written.prompts
+        prompt = prompts[invoke] if invoke < len(prompts) else None
+        return [prompt] if prompt is not None else [p for p in prompts if p is not None]
 
     def _schedule(self, node: Node) -> Schedule:
         first = next(iter(self._prompts(node)), None)
         continued = self._continues(first, _step(node))
-        return self._structure.schedule(first, self._tracer, continued=continued)
+        return self._structure.schedule(first, self._written, continued=continued)
 
     def _continues(self, prompt: Prompt | None, step: int) -> bool:
         """True if a forward finds keys of earlier tokens in a cache."""
         at = step > 0, id(prompt)
         found = self._continued.get(at)
         if found is None:
-            structure, tracer = self._structure, self._tracer
+            structure, entry = self._structure, self._written.entry
             if step:
-                found = structure.keeps_cache(tracer)
+                found = structure.keeps_cache(entry)
             else:
-                held = structure.cached(tracer, prompt)
-                found = held > 0 or not structure.grows_cache(tracer, prompt)
+                held = structure.cached(entry, prompt)
+                found = held > 0 or not structure.grows_cache(entry, prompt)
             self._continued[at] = found
         return found
 
     def _held(self, prompts: list[Prompt], step: int) -> int | None:
         """Tokens in the cache before the forward of a step; None where only the run tells what it
         holds."""
-        structure, tracer, first = self._structure, self._tracer, next(iter(prompts), None)
-        if not structure.grows_cache(tracer, first):
+        structure, entry, first = self._structure, self._written.entry, next(iter(prompts), None)
+        if not structure.grows_cache(entry, first):
             return None
         if not step:
-            return structure.cached(tracer, first)
-        begun = structure.targets(tracer, first)
+            return structure.cached(entry, first)
+        begun = structure.targets(entry, first)
         return (max(p.width for p in prompts) if begun is None else begun) + step - 1
 
     def _targets(self, prompts: list[Prompt], step: int) -> int | None:
         """Tokens of a decoder in the forward of a step; None where it has none of its own."""
-        first = self._structure.targets(self._tracer, next(iter(prompts), None))
+        first = self._structure.targets(self._written.entry, next(iter(prompts), None))
         if first is None or not step:
             return first
-        return 1 if self._structure.keeps_cache(self._tracer) else first + step
+        return 1 if self._structure.keeps_cache(self._written.entry) else first + step
 
     def _spans(
         self, node: Node, step: int, keys: bool = False
@@ -279,7 +283,7 @@ class Shapes:
                 width = targets + (self._held(prompts, step) or 0) * keys
                 return [(0, width)] * rows, width
             step = 0  # an encoder reads the prompt once
-        if step and not keys and self._structure.keeps_cache(self._tracer):
+        if step and not keys and self._structure.keeps_cache(self._written.entry):
             return [(0, 1)] * rows, 1
         width = max((p.width for p in prompts), default=0)
         right = self._structure.pads_right
@@ -298,7 +302,7 @@ class Shapes:
     def _unseen(self, node: Node, step: int, keys: bool = False) -> int:
         """Tokens of the prompt that are not on the axis of tokens: a cache stands for them, or does not
         hold their keys any more. Less than none where keys come before the prompt's own."""
-        prompts, generates = self._prompts(node), self._tracer.generates
+        prompts, generates = self._prompts(node), self._written.entry.generates
         held = self._held(prompts, step)
         if not keys:
             return held or 0 if generates and not step else 0
@@ -317,10 +321,12 @@ class Shapes:
 
     def _each(self, node: Node) -> int:
         """Rows for each row of a prompt, where `node` comes from."""
-        if not self._tracer.generates:
+        if not self._written.entry.generates:
             return 1
         origin = _origin(node)
-        return self._structure.rows_each(self._tracer, origin.path if origin is not None else "")
+        return self._structure.rows_each(
+            self._written.entry, origin.path if origin is not None else ""
+        )
 
     def _counts_targets(self, node: Node) -> bool:
         """True if a value comes from a place whose first axis of tokens is the decoder's."""
@@ -361,7 +367,7 @@ class Shapes:
             OperationError: none counts tokens.
         """
         layout = self.layout(node)
-        if layout.flat and self._tracer.recording.loop is not None:
+        if layout.flat and self._written.loop is not None:
             raise _no_rows(node, layout.tokens[0])
         return layout.tokens[0], layout.tokens[0] if layout.flat else layout.rows
 
@@ -394,7 +400,7 @@ class Shapes:
                 return Layout(tokens, rows, keys=keys)
         if self._trials is None:
             # No shorter than the prompts, whose tokens may be named.
-            width = max((i.prompt.width for i in self._tracer.invokes if i.prompt), default=0)
+            width = max((p.width for p in self._written.prompts if p), default=0)
             first, second = (width + tokens for _, tokens in SIZES)
             batch = 7 * rows_seen + 1  # no multiple of the rows that there are
             trials = ((None, first, 0), (None, second, 0), (batch, first, 0), (None, first, 1))
@@ -447,7 +453,7 @@ class Shapes:
 
         What an edit records is for prompts of any number of rows; a loop is for those of its invoke.
         """
-        invoke = -1 if self._tracer.recording.lasting else node.invoke
+        invoke = -1 if self._written.lasting else node.invoke
         trials = self._open.get(invoke)
         if trials is None:
             # No shorter than the prompts, whose tokens may be named.
@@ -526,7 +532,7 @@ class Shapes:
         self._refuse_past(node, "")
         spans, width = self.spans(node)
         if spans == [(0, width)] * len(spans) and not self.layout(node).flat:
-            self._tracer.recording.graph.counts_tokens = True
+            self._written.graph.counts_tokens = True
             return []
         self._counted(node, width)
         return self.positions(node)
@@ -550,7 +556,7 @@ class Shapes:
         Raises:
             OperationError: some of the columns are missing, so that which they are is not known.
         """
-        self._tracer.recording.graph.fixed_positions = True
+        self._written.graph.fixed_positions = True
         layout, value = self.layout(node), self.value(node)
         columns = value.shape[layout.tokens[0]]
         if not layout.flat and columns != width:
@@ -577,7 +583,7 @@ class Shapes:
         spans, width = self._spans(root, step)
         if not width:
             raise BlockError("what this model takes has no tokens, so there is no mask of them.")
-        self._tracer.recording.graph.fixed_positions = True
+        self._written.graph.fixed_positions = True
         return columns_of(spans, width)
 
     def token_index(self, node: Node, key: Any) -> Any:
@@ -587,7 +593,7 @@ class Shapes:
             InputError: a prompt has no such token.
             OperationError: rows of different lengths would give different numbers of tokens.
         """
-        axis, graph = self.token_axis(node), self._tracer.recording.graph
+        axis, graph = self.token_axis(node), self._written.graph
         spans, width = self.spans(node)
         if not (type(key) is int and key < 0):
             self._refuse_past(node, f"[{key}]")

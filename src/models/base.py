@@ -28,6 +28,7 @@ from ..intervention import (
     Schedule,
     ShapeCheck,
     Shapes,
+    Task,
     at_path,
     forward_name,
     gradients_as_asked,
@@ -59,8 +60,10 @@ from ..tracing.errors import (
     UnknownModuleError,
 )
 from ..tracing.frames import entry
+from ..tracing.job import Entry, Job, Outcome, Recorded
 from ..tracing.limits import LIMITS, Limits
 from ..tracing.node import Node
+from ..tracing.recording import Recording
 from ..tracing.session import Session
 from ..tracing.structure import ATOMS, leaves, map_leaves
 from ..tracing.template import Template
@@ -198,7 +201,7 @@ class Model(Envoy):
         self._schedules: dict[Any, Schedule | ScheduleError] = {}
         self._measured: dict[frozenset[tuple[str, str]], frozenset[tuple[str, str]]] = {}
         self._changes = self._held.changes
-        self._seen: tuple[int, str] | None = None
+        self._seen: Hashable = None
         assert self._module is not None
         self._lock = turn_of(self._module)
 
@@ -576,16 +579,16 @@ class Model(Envoy):
     def pads_right(self) -> bool:
         return False
 
-    def targets(self, tracer: Tracer, prompt: Any) -> int | None:
+    def targets(self, entry: Entry, prompt: Any) -> int | None:
         return None
 
-    def keeps_cache(self, tracer: Tracer) -> bool:
+    def keeps_cache(self, entry: Entry) -> bool:
         return True
 
-    def rows_each(self, tracer: Tracer, path: str) -> int:
+    def rows_each(self, entry: Entry, path: str) -> int:
         return 1
 
-    def cached(self, tracer: Tracer, prompt: Any) -> int:
+    def cached(self, entry: Entry, prompt: Any) -> int:
         return 0
 
     def grows_cache(self, tracer: Tracer, prompt: Any) -> bool:
@@ -594,7 +597,7 @@ class Model(Envoy):
     def schedule(
         self,
         prompt: Any = None,
-        tracer: Tracer | None = None,
+        block: Recorded | None = None,
         inner: frozenset[tuple[str, str]] = frozenset(),
         continued: bool = False,
     ) -> Schedule:
@@ -602,31 +605,30 @@ class Model(Envoy):
 
         Args:
             prompt: one of that kind.
-            tracer: the block, whose options may change what the forward returns.
+            block: the block, whose options may change what the forward returns.
             inner: operations inside forwards that are measured beside those of the block.
             continued: the forward has a cache with tokens before its own.
 
         Raises:
             ScheduleError: the model cannot be run on fake tensors.
         """
-        return self._lock.during(lambda: self._measure(prompt, tracer, inner, continued))
+        return self._lock.during(lambda: self._measure(prompt, block, inner, continued))
 
     def _measure(
         self,
         prompt: Any,
-        tracer: Tracer | None,
+        block: Recorded | None,
         inner: frozenset[tuple[str, str]],
         continued: bool,
     ) -> Schedule:
-        recording = None if tracer is None else tracer.recording
-        seen = None if recording is None else (recording.serial, recording.state)
+        seen = None if block is None else block.seen
         if seen is None or seen != self._seen:  # once while a block is written and once it runs
             self.refresh()
             self._seen = seen
-        options = self._trial_options(tracer) if tracer is not None else {}
+        options = self._trial_options(block.entry) if block is not None else {}
         kind = self._kind_of(prompt) + (repr(options) if options else "")
-        if tracer is not None:
-            inner |= tracer.graph.inner_operations()
+        if block is not None:
+            inner |= block.graph.inner_operations()
         if inner:
             inner = self._measured_with(inner)
         key = (kind, inner, continued)
@@ -708,16 +710,16 @@ class Model(Envoy):
         except Exception as error:  # whatever keeps a module from being copied
             raise ScheduleError.no_schedule("This block", f"it has no skeleton: {error}") from error
 
-    def gives_tensor(self, tracer: Tracer) -> bool:
+    def gives_tensor(self, entry: Entry) -> bool:
         """True if the entry point of the block returns one tensor, and no structure."""
         return False
 
-    def return_options(self, tracer: Tracer) -> Hashable:
+    def return_options(self, entry: Entry) -> Hashable:
         """Options of the block that change what modules return."""
-        options = self._trial_options(tracer)
+        options = self._trial_options(entry)
         return repr(options) if options else ""
 
-    def _trial_options(self, tracer: Tracer) -> dict[str, Any]:
+    def _trial_options(self, entry: Entry) -> dict[str, Any]:
         """Keywords of the block that belong to the forward."""
         return {}
 
@@ -810,8 +812,8 @@ class Model(Envoy):
         """The same as `trace` with a prompt."""
         return self.trace(*args, **kwargs)  # type: ignore[no-any-return]
 
-    def oracle(self, tracer: Tracer) -> Shapes:
-        return Shapes(tracer, self)
+    def oracle(self, written: Recorded) -> Shapes:
+        return Shapes(written, self)
 
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tensors = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
@@ -831,136 +833,135 @@ class Model(Envoy):
             needs_grad=any(tensor.requires_grad for tensor in tensors),
         )
 
-    def execute(self, tracer: Tracer) -> Any:
+    def remember(self) -> Known:
+        """What the runs of a block that is still written will have found."""
+        return Known()
+
+    def run(self, job: Job, known: Known | None = None) -> Outcome:
         """Plan a finished block, load the weights if they are not loaded, and run it."""
-        self._check_shapes(tracer, tracer.graph.live())
-        warn_of_padding(tracer, self.oracle(tracer))
-        known: Known | None = tracer.recording.known
+        self._check_shapes(job, job.graph.live())
+        warn_of_padding(job, self.oracle(job))
         if known is None:
-            return self.run_block(tracer)
-        if tracer.graph.backwards or tracer.graph.stops or known.put_back or Changing(tracer):
+            return self.run_block(Task(job))
+        if job.graph.backwards or job.graph.stops or known.put_back or Changing(job):
             # Autograd must see how values came to be, and the run where it is to stop; and arguments
             # and statistics that a forward changes are to be as one forward leaves them.
-            with self._draws(tracer, known, True):
-                return self.run_block(tracer)
-        places = self._places(tracer)
-        known.update(tracer, places)
-        return self._run_part(tracer, known, known.rest(tracer, places))
+            with self._draws(job, known, True):
+                return self.run_block(Task(job, known=known))
+        places = self._places(job)
+        known.update(job, places)
+        return self._run_part(job, known, known.rest(job, places))
 
-    def _check_shapes(self, tracer: Tracer, live: bytearray | None = None) -> None:
+    def _check_shapes(self, written: Recorded, live: bytearray | None = None) -> None:
         """Refuse shapes that do not fit, while the weights are still to be loaded. Afterwards the run
         tells as soon, and a sweep need not pay for it."""
-        if not self.loaded and self._is_like_trial(tracer):
-            ShapeCheck(tracer.graph, self.oracle(tracer), self._unlike_trial(tracer)).go_on(live)
+        if not self.loaded and self._is_like_trial(written):
+            ShapeCheck(
+                written.graph, self.oracle(written), self._unlike_trial(written.entry)
+            ).go_on(live)
 
-    def early_check(self, tracer: Tracer) -> Callable[[], None] | None:
+    def early_check(self, written: Recording) -> Callable[[], None] | None:
         """What checks operations at their lines: where the weights are not loaded, and the forward has
         been measured before."""
-        if self.loaded or not self._schedules or not self._is_like_trial(tracer):
+        if self.loaded or not self._schedules or not self._is_like_trial(written):
             return None
         found: list[ShapeCheck] = []
 
         def check() -> None:
-            recording = tracer.recording
-            if recording.loop is not None or recording.session is not None:
+            if written.loop is not None or written.session is not None:
                 return  # what is put in place later is checked there
             if not found:
-                shapes = self.oracle(tracer)
-                found.append(ShapeCheck(recording.graph, shapes, self._unlike_trial(tracer)))
+                shapes = self.oracle(written)
+                found.append(ShapeCheck(written.graph, shapes, self._unlike_trial(written.entry)))
             found[0].go_on()
 
         return check
 
-    def _is_like_trial(self, tracer: Tracer) -> bool:
+    def _is_like_trial(self, written: Recorded) -> bool:
         """False where something besides the prompts may change the shapes that a trial has."""
         return False
 
-    def _unlike_trial(self, tracer: Tracer) -> frozenset[str]:
+    def _unlike_trial(self, entry: Entry) -> frozenset[str]:
         """Modules whose values have other shapes in this block than in a trial."""
         return frozenset()
 
-    def demand(self, tracer: Tracer, node: Node) -> Any:
+    def demand(self, job: Job, node: Node, known: Known) -> Any:
         """The value of a node of a block that is still open: runs what it needs."""
-        self._check_shapes(tracer)
-        known: Known = tracer.recording.known or Known()
-        if tracer.graph.backwards or tracer.graph.stops:
-            known = known.anew()  # as in `execute`
-        tracer.recording.known = known
-        places = self._places(tracer)
-        known.update(tracer, places)
+        self._check_shapes(job)
+        if job.graph.backwards or job.graph.stops:
+            known.forget()  # as in `run`
+        places = self._places(job)
+        known.update(job, places)
         if node.index not in known.values:
-            part = known.part(tracer, node, places)
+            part = known.part(job, node, places)
             untouched: AbstractContextManager[None] = nullcontext()
-            if tracer.graph.backwards:
-                untouched = gradients_untouched(tracer.graph, self.load().parameters())
+            if job.graph.backwards:
+                untouched = gradients_untouched(job.graph, self.load().parameters())
             with untouched:
-                self._run_part(tracer, known, part)
+                self._run_part(job, known, part)
             value = part.value(node)
         else:
             value = known.values[node.index]
         return map_leaves(_own, value)
 
-    def may_end(self, tracer: Tracer) -> bool:
+    def may_end(self, entry: Entry) -> bool:
         return False
 
-    def reaches(self, tracer: Tracer, invoke: int, step: int) -> bool:
+    def reaches(self, job: Job, invoke: int, step: int, known: Known) -> bool:
         """True if the generation of an invoke has that step, by what is recorded so far."""
-        if all(invoker.prompt is None for invoker in tracer.invokes):
-            return True  # its prompts come later
-        known: Known = tracer.recording.known or Known()
-        if tracer.graph.stops:
-            known = known.anew()  # as in `execute`
-        tracer.recording.known = known
-        places = self._places(tracer)
-        known.update(tracer, places)
+        if job.graph.stops:
+            known.forget()  # as in `run`
+        places = self._places(job)
+        known.update(job, places)
         steps, ends = known.steps.get(invoke, (0, False))
         if step >= steps and not ends:
-            part = known.count(tracer, invoke, step, places)
-            self._run_part(tracer, known, part)
-            own = tracer.invokes[invoke].prompt is not None
+            part = known.count(job, invoke, step, places)
+            self._run_part(job, known, part)
+            own = job.prompts[invoke] is not None
             steps = part.reached.get(invoke, 0) if own else max(part.reached.values(), default=0)
             known.steps[invoke] = steps, part.until is None or steps <= step
         return step < steps
 
-    def _places(self, tracer: Tracer) -> Places:
-        may_start = not tracer.generates and settings_of(tracer.settings).prefix_reuse
-        return Places(BlockFacts(self, tracer).schedule, may_start and self.may_share(tracer))
+    def _places(self, job: Job) -> Places:
+        may_start = not job.entry.generates and settings_of(job.settings).prefix_reuse
+        return Places(BlockFacts(self, Task(job)).schedule, may_start and self.may_share(job))
 
-    def _run_part(self, tracer: Tracer, known: Known, part: Part) -> Any:
-        settings = dataclasses.replace(settings_of(tracer.settings), dead_code=True)
+    def _run_part(self, job: Job, known: Known, part: Part) -> Outcome:
+        settings = dataclasses.replace(settings_of(job.settings), dead_code=True)
+        own = dataclasses.replace(job, graph=part.graph, settings=settings)
         kept = None if part.whole else Statistics(self.module_tree())
         try:
-            with self._draws(tracer, known, part.whole):
-                result = self.run_block(tracer.of_part(part, settings))
+            with self._draws(job, known, part.whole):
+                outcome = self.run_block(Task(own, part, known))
         finally:
             known.put_back |= kept is not None and kept.put_back()
         known.learn(part)
-        return result
+        return outcome
 
-    def _draws(self, tracer: Tracer, known: Known, last: bool) -> AbstractContextManager[None]:
+    def _draws(self, job: Job, known: Known, last: bool) -> AbstractContextManager[None]:
         """In it, a run draws the random numbers that all runs of its block draw."""
-        if tracer.generates or any(child.training for child in self.module_tree().modules()):
+        if job.entry.generates or any(child.training for child in self.module_tree().modules()):
             return same_draws(known, last)
         return nullcontext()
 
-    def check_repeats(self, tracer: Tracer) -> None:
+    def check_repeats(self, job: Job) -> None:
         """Refuse a block that would compute something else if it ran again.
 
         Raises:
             BlockError: a forward changes one of its arguments.
         """
-        changing = Changing(tracer)
+        changing = Changing(job)
         if changing:
-            raise BlockError.used_up(changing.kind, tracer.location)
+            raise BlockError.used_up(changing.kind, job.location)
 
-    def run_block(self, tracer: Tracer) -> Any:
+    def run_block(self, task: Task) -> Outcome:
         """Plan and run a block, or a part of one."""
-        graph = tracer.recording.graph
-        if any(i.prompt is not None and i.prompt.needs_grad for i in tracer.invokes):
+        graph = task.job.graph
+        if any(p is not None and p.needs_grad for p in task.job.prompts):
             graph.needs_grad = True
-        if graph.stops and tracer.uses_output and not tracer.generates:
+        if graph.stops and task.job.uses_output and not task.job.entry.generates:
             raise BlockError.stopped_output(graph.stops[0].location)
-        work = self.plan_block(tracer)
+        work = self.plan_block(task)
         module = self.load()
         for vocabulary in self._vocabularies.values():
             vocabulary.verify_used(verify)
@@ -970,20 +971,20 @@ class Model(Envoy):
         ):
             raise BlockError.checkpointing()
         if any(one.cut for one in work.passes) and not self.is_causal():
-            work = self.plan_block(tracer, causal=False)
-        return self._lock.during(lambda: self._run_planned(tracer, work, module))
+            work = self.plan_block(task, causal=False)
+        return self._lock.during(lambda: self._run_planned(task, work, module))
 
-    def _run_planned(self, tracer: Tracer, work: Plan, module: torch.nn.Module) -> Any:
-        graph = tracer.recording.graph
+    def _run_planned(self, task: Task, work: Plan, module: torch.nn.Module) -> Outcome:
+        graph = task.job.graph
         gradients: AbstractContextManager[None] = nullcontext()
         if graph.backwards:
             gradients = gradients_as_asked(graph, module)
         execution: Execution | None = None
 
-        def run() -> Any:
+        def run() -> Outcome:
             nonlocal execution
             with gradients, no_grad(graph):
-                execution = Execution(self, tracer, work, module)
+                execution = Execution(self, task, work, module)
                 return execution.run()
 
         return unharmed(run, lambda: None if execution is None else execution.undo())
@@ -1015,31 +1016,31 @@ class Model(Envoy):
             found.update(dict.fromkeys(named))
         return list(found)
 
-    def most_steps(self, tracer: Tracer, prompt: Any) -> int:
+    def most_steps(self, entry: Entry, prompt: Any) -> int:
         return 1
 
-    def explain(self, tracer: Tracer) -> Explanation:
+    def explain(self, job: Job) -> Explanation:
         """The plan of a block as text."""
-        return explain(self, tracer)
+        return explain(self, job)
 
-    def plan_block(self, tracer: Tracer, causal: bool = True) -> Plan:
+    def plan_block(self, task: Task, causal: bool = True) -> Plan:
         """The work of a block: its passes, batches and what is left out.
 
         Raises:
             BlockError: the block has no prompt.
             OrderError: it cannot be put in an order.
         """
-        prompted = [i.index for i in tracer.invokes if i.prompt is not None]
-        part: Part | None = tracer.part
+        prompted = [i for i, p in enumerate(task.job.prompts) if p is not None]
+        part: Part | None = task.part
         if part is not None and part.only is not None:
             prompted = [index for index in prompted if index in part.only]
         elif not prompted:
             raise BlockError.empty()
-        settings = settings_of(tracer.settings)
+        settings = settings_of(task.job.settings)
         if not causal:
             settings = dataclasses.replace(settings, causal=False)
-        facts = BlockFacts(self, tracer)
-        graph = tracer.recording.graph
+        facts = BlockFacts(self, task)
+        graph = task.job.graph
         # A graph that runs again on one prompt of the same size has the same plan.
         plans = graph.plans if len(prompted) == 1 and part is None else None
         key = (facts.extent(prompted[0]), settings) if plans is not None else None
@@ -1054,29 +1055,36 @@ class Model(Envoy):
         return work
 
     def results_by_invoke(
-        self, tracer: Tracer, prompts: dict[int, Any], result: Any
+        self, job: Job, outcome: Outcome, prompts: dict[int, Any], result: Any
     ) -> dict[int, Any]:
         """What the entry point returned for each prompt of a pass."""
         raise AssertionError("only a generation has a result, and a plain module has none")
 
     def around(
-        self, tracer: Tracer, run: Run, module: torch.nn.Module, prompts: list[Any]
+        self,
+        task: Task,
+        run: Run,
+        module: torch.nn.Module,
+        prompts: list[Any],
+        outcome: Outcome,
     ) -> AbstractContextManager[Any]:
         """What else has to be in place while a pass runs."""
         return nullcontext()
 
-    def may_stop(self, tracer: Tracer, module: torch.nn.Module) -> bool:
-        if (tracer.part is None or tracer.part.whole) and (tracer.generates or tracer.uses_output):
+    def may_stop(self, task: Task, module: torch.nn.Module) -> bool:
+        if (task.part is None or task.part.whole) and (
+            task.job.entry.generates or task.job.uses_output
+        ):
             return False
-        if tracer.part is not None and tracer.part.counts:
+        if task.part is not None and task.part.counts:
             return False
         # Offloaded weights go back after a module's forward; leaving one half-way would keep them.
         places = getattr(module, "hf_device_map", {}).values()
         return not any(str(place) in ("cpu", "disk") for place in places) or set(places) == {"cpu"}
 
-    def batch_class(self, tracer: Tracer, invoke: int) -> Hashable:
+    def batch_class(self, task: Task, invoke: int) -> Hashable:
         """Prompts of one class can be batched."""
-        kind: Hashable = self._shape_class(tracer.invokes[invoke].prompt)
+        kind: Hashable = self._shape_class(task.job.prompts[invoke])
         return kind
 
     def mixes_rows(self) -> bool:
@@ -1098,17 +1106,17 @@ class Model(Envoy):
         kind = repr((map_leaves(part, prompt.args), map_leaves(part, prompt.kwargs)))
         return (kind, id(prompt)) if prompt.alone else kind
 
-    def prompt_identity(self, tracer: Tracer, prompt: Any) -> Hashable:
+    def prompt_identity(self, prompt: Any) -> Hashable:
         """Equal for equal inputs; None where they are not compared."""
         return None
 
-    def budget(self, tracer: Tracer, all_logits: bool) -> int:
+    def budget(self, schedule: Schedule, all_logits: bool) -> int:
         """Rows (for a language model, tokens) that fit into one forward.
 
         A quarter of the free memory, for what is alive at once: the outputs of the modules of one
         block, and the logits three times.
         """
-        each = self._bytes_each(BlockFacts(self, tracer).schedule(), all_logits)
+        each = self._bytes_each(schedule, all_logits)
         return max(1, free_memory(self.planned_device()) // 4 // each)
 
     def _bytes_each(self, schedule: Schedule, all_logits: bool) -> int:
@@ -1124,7 +1132,7 @@ class Model(Envoy):
             largest += 3 * bytes_each(schedule.visits[head, "output", 0].axes)
         return max(1, largest)
 
-    def may_share(self, tracer: Tracer) -> bool:
+    def may_share(self, job: Job) -> bool:
         """True if what prompts share may be computed once."""
         return False
 
@@ -1148,7 +1156,7 @@ class Model(Envoy):
 
     def forward(
         self,
-        tracer: Tracer,
+        task: Task,
         module: torch.nn.Module,
         one: Pass,
         prompts: list[Any],
@@ -1170,11 +1178,12 @@ class Model(Envoy):
         args, kwargs = map_leaves(lambda _: next(joined), (first.args, first.kwargs))
         return module(*args, **kwargs)
 
-    def joined_result(self, tracer: Tracer, passes: list[Pass], results: list[Any]) -> Any:
-        """The entry point's result for the whole block."""
+    def join_results(
+        self, job: Job, outcome: Outcome, passes: list[Pass], results: list[Any]
+    ) -> None:
+        """Put the entry point's result for the whole block into `outcome`."""
         if len(results) == 1:
-            return results[0]
-        return None
+            outcome.result = results[0]
 
     # ---------------------------------------------------------------- nodes that need the module
 

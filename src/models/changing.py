@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from ..tracing.context import Tracer
 from ..tracing.errors import BlockError
+from ..tracing.job import Job
 from ..tracing.structure import ATOMS, deep_copy, leaves, map_leaves
 
 _FIXED = (
@@ -79,13 +79,13 @@ class Statistics:
 class Changing:
     """The arguments of one block that its forwards change."""
 
-    def __init__(self, tracer: Tracer) -> None:
+    def __init__(self, job: Job) -> None:
         given = [
-            tracer.kwargs,
-            *(i.prompt.arguments for i in tracer.invokes if i.prompt is not None),
+            job.entry.options,
+            *(p.arguments for p in job.prompts if p is not None),
         ]
         self._found = {id(one): one for part in given if part for one in changed_in(part)}
-        self._location = tracer.location
+        self._location = job.location
 
     def __bool__(self) -> bool:
         return bool(self._found)

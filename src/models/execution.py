@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import logging
 from collections.abc import Mapping
@@ -12,38 +11,43 @@ from typing import Any, Protocol
 import torch
 from tqdm import tqdm
 
-from ..intervention import Pass, Patcher, Plan, Prefix, Run, Schedule, Settings, Stop, at_path
+from ..intervention import Pass, Patcher, Plan, Prefix, Run, Schedule, Settings, Stop, Task, at_path
 from ..intervention.repeats import may_repeat
-from ..tracing.context import Tracer
 from ..tracing.errors import InputError, ScheduleError, near
+from ..tracing.job import Job, Outcome, Recorded
 from .changing import Changing
 
 logger = logging.getLogger("graftwork")
 
 
-class Entry(Protocol):
+class Host(Protocol):
     """How a kind of model is entered, and what it makes of the result."""
 
     @property
     def pads_right(self) -> bool:
         """True if the shorter rows of a batch are padded on the right."""
 
-    def schedule(self, prompt: Any = None, tracer: Tracer | None = None) -> Schedule: ...
+    def schedule(self, prompt: Any = None, block: Recorded | None = None) -> Schedule: ...
 
     def apply_module(self, path: str, *args: Any, **kwargs: Any) -> Any: ...
 
     def parameter(self, path: str) -> torch.Tensor: ...
 
-    def may_stop(self, tracer: Tracer, module: torch.nn.Module) -> bool: ...
+    def may_stop(self, task: Task, module: torch.nn.Module) -> bool: ...
 
     def around(
-        self, tracer: Tracer, run: Run, module: torch.nn.Module, prompts: list[Any]
+        self,
+        task: Task,
+        run: Run,
+        module: torch.nn.Module,
+        prompts: list[Any],
+        outcome: Outcome,
     ) -> AbstractContextManager[Any]:
-        """What else has to be in place while a pass runs."""
+        """What else has to be in place while a pass runs; tells in `outcome` where it ended."""
 
     def forward(
         self,
-        tracer: Tracer,
+        task: Task,
         module: torch.nn.Module,
         one: Pass,
         prompts: list[Any],
@@ -58,41 +62,43 @@ class Entry(Protocol):
         """Keys and values of each layer of a cache."""
 
     def results_by_invoke(
-        self, tracer: Tracer, prompts: dict[int, Any], result: Any
+        self, job: Job, outcome: Outcome, prompts: dict[int, Any], result: Any
     ) -> dict[int, Any]:
         """What the entry point returned for each prompt of a pass."""
 
-    def joined_result(self, tracer: Tracer, passes: list[Pass], results: list[Any]) -> Any:
-        """The entry point's result for the whole block."""
+    def join_results(
+        self, job: Job, outcome: Outcome, passes: list[Pass], results: list[Any]
+    ) -> None:
+        """Put the entry point's result for the whole block into `outcome`."""
 
 
 class Execution:
     """One execution. The model's lock is held while it runs."""
 
-    def __init__(self, entry: Entry, tracer: Tracer, work: Plan, module: torch.nn.Module) -> None:
-        self._entry = entry
-        self._tracer = tracer
+    def __init__(self, host: Host, task: Task, work: Plan, module: torch.nn.Module) -> None:
+        self._host = host
+        self._task = task
+        self.outcome = Outcome()
         self._plan = work
         self._module = module
-        graph = tracer.recording.graph
-        self._run = Run(graph, work, entry.apply_module, entry.parameter)
+        graph = task.job.graph
+        self._run = Run(graph, work, host.apply_module, host.parameter)
         shares = any(one.base or one.starts or one.keep for one in work.passes)
-        self._run.generates = tracer.generates
-        self._run.pads_right = entry.pads_right
+        self._run.generates = task.job.entry.generates
+        self._run.pads_right = host.pads_right
         if work.settings.share_memory and len(work.passes) == 1:
             self._run.lend(self._schedule(work.passes[0]))
         if graph.backwards and work.passes:
-            with suppress(
-                ScheduleError
-            ):  # of what cannot be measured, nothing is known to be written
+            # Of what cannot be measured, nothing is known to be written.
+            with suppress(ScheduleError):
                 self._run.keep_apart(self._schedule(work.passes[0]))
-        self._changing = Changing(tracer)
+        self._changing = Changing(task.job)
         # The smallest batch that did not fit into memory, in tokens.
         self._too_much: int | None = None
         self._prefix = Prefix(work, self._schedule(work.passes[0])) if shares else None
 
-    def run(self) -> Any:
-        """Run all passes; gives what the entry point returned, None where it stopped early."""
+    def run(self) -> Outcome:
+        """Run all passes."""
         try:
             return self._run_passes()
         finally:
@@ -103,7 +109,7 @@ class Execution:
         for undo in self._run.undo:
             undo()
 
-    def _run_passes(self) -> Any:
+    def _run_passes(self) -> Outcome:
         passes = self._plan.passes
         done: list[tuple[Pass, Any]] = []
         if len(passes) == 1:
@@ -113,10 +119,10 @@ class Execution:
             for one in tqdm(passes, "graftwork", disable=quiet, delay=2, leave=False):
                 done.extend(self._run_or_halve(one))
         ran, results = [one for one, _ in done], [result for _, result in done]
-        result = self._entry.joined_result(self._tracer, ran, results)
-        self._run.conclude(result)
+        self._host.join_results(self._task.job, self.outcome, ran, results)
+        self._run.conclude(self.outcome.result)
         self._run.finish()
-        return result
+        return self.outcome
 
     def _run_or_halve(self, one: Pass) -> list[tuple[Pass, Any]]:
         """Run a pass; if the memory does not hold it, its halves one after the other."""
@@ -150,12 +156,12 @@ class Execution:
 
     def _size(self, one: Pass) -> int:
         """Tokens of the batch of a pass, padding included; rows where there are no tokens."""
-        prompts = [self._tracer.invokes[invoke].prompt for invoke in one.invokes]
+        prompts = [self._task.job.prompts[invoke] for invoke in one.invokes]
         width: int = max(prompt.width for prompt in prompts)
         return sum(len(prompt.lengths) for prompt in prompts) * max(1, width)
 
     def _too_large(self, one: Pass, error: BaseException) -> MemoryError:
-        prompts = [self._tracer.invokes[invoke].prompt for invoke in one.invokes]
+        prompts = [self._task.job.prompts[invoke] for invoke in one.invokes]
         rows, width = sum(len(p.lengths) for p in prompts), max(p.width for p in prompts)
         which = "One prompt"
         if len(prompts) > 1:
@@ -172,31 +178,31 @@ class Execution:
 
     def _schedule(self, one: Pass) -> Schedule:
         """The schedule of the prompts of a pass."""
-        return self._entry.schedule(self._tracer.invokes[one.invokes[0]].prompt, self._tracer)
+        return self._host.schedule(self._task.job.prompts[one.invokes[0]], self._task.job)
 
     def _is_last(self, one: Pass) -> bool:
         """True for the last forward of the block, behind which nothing is computed any more."""
-        part = self._tracer.part
+        part = self._task.part
         return one is self._plan.passes[-1] and (part is None or part.whole)
 
     def _run_pass(self, one: Pass) -> Any:
-        entry, tracer, run, prefix = self._entry, self._tracer, self._run, self._prefix
-        prompts = {index: tracer.invokes[index].prompt for index in one.invokes}
-        arguments = tracer
+        host, task, run, prefix = self._host, self._task, self._run, self._prefix
+        prompts = {index: task.job.prompts[index] for index in one.invokes}
+        arguments = task
         if self._changing and not self._is_last(one):
             again = self._changing.again()
             prompts = {i: p.with_arguments(again(p.arguments)) for i, p in prompts.items()}
-            arguments = copy.copy(tracer)
-            arguments.kwargs = again(tracer.kwargs)
+            own = dataclasses.replace(task.job.entry, options=again(task.job.entry.options))
+            arguments = dataclasses.replace(task, job=dataclasses.replace(task.job, entry=own))
         # What a forward changes among its arguments would be left half-way.
         may_stop = self._plan.settings.stop and not self._changing
-        may_stop = may_stop and entry.may_stop(tracer, self._module)
+        may_stop = may_stop and host.may_stop(task, self._module)
         # A value of a module that is called again is refused; so the second call has to come.
         may_stop = may_stop and not any(
             may_repeat(self._module, path) for path in one.paths_of_first_calls()
         )
         extents = {i: (len(p.lengths), p.width) for i, p in prompts.items()}
-        whole = any(invoker.prompt is None for invoker in tracer.invokes)
+        whole = any(p is None for p in task.job.prompts)
         run.begin(one, extents, lambda: self._schedule(one), may_stop, whole)
         if may_stop and not (run.sites or one.keep or run.wants_result):
             return None
@@ -206,23 +212,23 @@ class Execution:
         batch = list(prompts.values())
         cache = None
         if prefix is not None and (one.caches or one.cut):
-            cache = entry.make_cache(prefix.cache(one) if one.cut else None)
+            cache = host.make_cache(prefix.cache(one) if one.cut else None)
         try:
             with (
                 Patcher(self._module, run, one, prefix),
                 skipping,
-                entry.around(tracer, run, self._module, batch),
+                host.around(task, run, self._module, batch, self.outcome),
             ):
-                result = entry.forward(arguments, self._module, one, batch, cache)
+                result = host.forward(arguments, self._module, one, batch, cache)
         except Stop:
             result = None
         run.undo.clear()
         if prefix is not None and one.caches:
-            prefix.keep_cache(one, entry.read_cache(cache), run)
+            prefix.keep_cache(one, host.read_cache(cache), run)
         if result is None:
             return None
         if run.wants_result:
-            run.result(entry.results_by_invoke(tracer, prompts, result))
+            run.result(host.results_by_invoke(task.job, self.outcome, prompts, result))
         return result
 
 

@@ -7,9 +7,9 @@ from typing import Any, Protocol
 
 import torch
 
-from ..intervention import Pass, Plan, Schedule, Shapes
-from ..tracing.context import Tracer
+from ..intervention import Pass, Plan, Schedule, Shapes, Task
 from ..tracing.errors import GraftworkError, ScheduleError
+from ..tracing.job import Job, Recorded
 from ..tracing.node import HookPoint
 from ..tracing.structure import leaves
 
@@ -17,15 +17,15 @@ from ..tracing.structure import leaves
 class Described(Protocol):
     """What an explanation is made from: a model."""
 
-    def plan_block(self, tracer: Tracer) -> Plan: ...
+    def plan_block(self, task: Task) -> Plan: ...
 
-    def schedule(self, prompt: Any = None, tracer: Tracer | None = None) -> Schedule: ...
+    def schedule(self, prompt: Any = None, block: Recorded | None = None) -> Schedule: ...
 
     def skeleton(self) -> torch.nn.Module: ...
 
     def unembedding_path(self) -> str | None: ...
 
-    def oracle(self, tracer: Tracer) -> Shapes: ...
+    def oracle(self, written: Recorded) -> Shapes: ...
 
 
 class Explanation(str):
@@ -40,25 +40,25 @@ class Explanation(str):
         return f"<pre>{html.escape(self)}</pre>"
 
 
-def explain(model: Described, tracer: Tracer) -> Explanation:
+def explain(model: Described, job: Job) -> Explanation:
     """The plan of a block as text.
 
     The work counts two operations for each weight and token that meets it; attention's own products
     are left out. Naive is one whole forward for each prompt.
     """
-    plan = model.plan_block(tracer)
-    prompts = {i.index: i.prompt for i in tracer.invokes if i.prompt is not None}
-    costs = _Costs(model, tracer)
+    plan = model.plan_block(Task(job))
+    prompts = {i: p for i, p in enumerate(job.prompts) if p is not None}
+    costs = _Costs(model, job)
     rows: list[tuple[str, ...]] = []
     total = 0
     for number, one in enumerate(plan.passes, 1):
-        if tracer.generates and not costs.touches_head(one):
+        if job.entry.generates and not costs.touches_head(one):
             # transformers unembeds the prompt's last position alone unless it is asked for more.
             one.positions = 1
         count = sum(len(prompts[i].lengths) for i in one.invokes)
         width = max(prompts[i].width for i in one.invokes)
         own = sum(len(prompts[i].lengths) * prompts[i].width for i in one.invokes)
-        stop = None if tracer.generates or tracer.uses_output else costs.last(one)
+        stop = None if job.entry.generates or job.uses_output else costs.last(one)
         if not plan.settings.stop:
             stop = None
         total += costs.of(one, count, max(width, 1), stop)
@@ -88,9 +88,9 @@ def explain(model: Described, tracer: Tracer) -> Explanation:
             if costs.known
             else "work unknown: the model cannot be measured without weights"
         )
-        + (" (first token)" if tracer.generates else ""),
+        + (" (first token)" if job.entry.generates else ""),
         *_table(titles, rows),
-        f"{_count(len(tracer.graph.saved_in_order()), 'value')} saved, {_saved_bytes(model, tracer)}.",
+        f"{_count(len(job.graph.saved_in_order()), 'value')} saved, {_saved_bytes(model, job)}.",
     ]
     return Explanation("\n".join(lines))
 
@@ -109,12 +109,12 @@ def _extent(rows: int, width: int, cut: int) -> str:
 class _Costs:
     """Work of the modules of a model, by place in the forward."""
 
-    def __init__(self, model: Described, tracer: Tracer) -> None:
+    def __init__(self, model: Described, job: Job) -> None:
         self._head = model.unembedding_path()
         self.known = True
         try:
-            first = next(i.prompt for i in tracer.invokes if i.prompt is not None)
-            self._schedule = model.schedule(first, tracer)
+            first = next(p for p in job.prompts if p is not None)
+            self._schedule = model.schedule(first, job)
         except ScheduleError:
             self._schedule = Schedule({})
             self.known = False
@@ -201,11 +201,11 @@ def _flops(count: int) -> str:
     return f"{count / 1e3:.1f} kFLOP"
 
 
-def _saved_bytes(model: Described, tracer: Tracer) -> str:
-    shapes, total = model.oracle(tracer), 0
+def _saved_bytes(model: Described, job: Job) -> str:
+    shapes, total = model.oracle(job), 0
     try:
-        for index in tracer.graph.saved_in_order():
-            for leaf in leaves(shapes.value(tracer.graph.nodes[index])):
+        for index in job.graph.saved_in_order():
+            for leaf in leaves(shapes.value(job.graph.nodes[index])):
                 if isinstance(leaf, torch.Tensor):
                     total += leaf.numel() * leaf.element_size()
     except GraftworkError as error:

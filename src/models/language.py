@@ -13,13 +13,14 @@ from torch.utils.hooks import RemovableHandle
 
 from ..envoy import Alias
 from ..envoy.attached import open_recording
-from ..intervention import Pass, Run, add_hook, own_draws, remove_hooks, unharmed
+from ..intervention import Pass, Run, Task, add_hook, own_draws, remove_hooks, unharmed
 from ..intervention.fingerprint import fingerprint
 from ..intervention.interrupts import put_back, uninterrupted
 from ..intervention.schedule import TARGETS
-from ..tracing.context import Invoker, Tracer
+from ..tracing.context import Tracer
 from ..tracing.errors import BlockError, InputError, LoadError, ScheduleError, near
 from ..tracing.frames import entry
+from ..tracing.job import Entry, Job, Outcome, Recorded
 from ..tracing.node import READ, WRITE
 from ..tracing.structure import ATOMS
 from . import calls
@@ -332,58 +333,60 @@ class LanguageModel(Model):
             return cache
         return EncoderDecoderCache(cache, DynamicCache(config=config))
 
-    def gives_tensor(self, tracer: Tracer) -> bool:
-        given = tracer.kwargs.get("generation_config") or getattr(
+    def gives_tensor(self, entry: Entry) -> bool:
+        given = entry.options.get("generation_config") or getattr(
             self.module_tree(), "generation_config", None
         )
         name = "return_dict_in_generate"
-        return tracer.generates and not tracer.kwargs.get(name, getattr(given, name, False))
+        return entry.generates and not entry.options.get(name, getattr(given, name, False))
 
-    def return_options(self, tracer: Tracer) -> Hashable:
-        ids = not tracer.generates or self.gives_tensor(tracer)
-        return super().return_options(tracer), tracer.generates, ids
+    def return_options(self, entry: Entry) -> Hashable:
+        ids = not entry.generates or self.gives_tensor(entry)
+        return super().return_options(entry), entry.generates, ids
 
-    def _trial_options(self, tracer: Tracer) -> dict[str, Any]:
+    def _trial_options(self, entry: Entry) -> dict[str, Any]:
         return {
             name: value
-            for name, value in tracer.kwargs.items()
-            if type(value) in ATOMS and (not tracer.generates or name in RETURNED)
+            for name, value in entry.options.items()
+            if type(value) in ATOMS and (not entry.generates or name in RETURNED)
         }
 
-    def _is_like_trial(self, tracer: Tracer) -> bool:
-        prompts = [i.prompt for i in tracer.invokes if i.prompt is not None]
+    def _is_like_trial(self, written: Recorded) -> bool:
+        prompts = [p for p in written.prompts if p is not None]
         if any(getattr(prompt, "other", None) for prompt in prompts):
             return False  # a cache, or what a decoder is given
-        if tracer.generates:
-            plain = tracer.kwargs.keys() <= _SAME_SHAPES and not self.config.is_encoder_decoder
-            return plain and self._options(tracer).repeats == 1
-        return all(type(value) in ATOMS for value in tracer.kwargs.values())
+        if written.entry.generates:
+            plain = (
+                written.entry.options.keys() <= _SAME_SHAPES and not self.config.is_encoder_decoder
+            )
+            return plain and self._options(written.entry).repeats == 1
+        return all(type(value) in ATOMS for value in written.entry.options.values())
 
-    def _unlike_trial(self, tracer: Tracer) -> frozenset[str]:
+    def _unlike_trial(self, entry: Entry) -> frozenset[str]:
         # Of a prompt, a generation unembeds the last token alone.
-        return frozenset({"", self.unembedding_path() or ""} if tracer.generates else ())
+        return frozenset({"", self.unembedding_path() or ""} if entry.generates else ())
 
-    def targets(self, tracer: Tracer, prompt: Any) -> int | None:
+    def targets(self, entry: Entry, prompt: Any) -> int | None:
         if not self.config.is_encoder_decoder:
             return None
-        for given in (getattr(prompt, "other", {}), tracer.kwargs):
+        for given in (getattr(prompt, "other", {}), entry.options):
             for name in DECODED:
                 if isinstance(given.get(name), torch.Tensor):
                     return int(given[name].shape[-1 if name != "decoder_inputs_embeds" else -2])
         # Else a generation begins with one token, and a forward with the prompt's own, shifted.
-        return 1 if tracer.generates else prompt.width if prompt is not None else None
+        return 1 if entry.generates else prompt.width if prompt is not None else None
 
-    def keeps_cache(self, tracer: Tracer) -> bool:
-        return self._cache_name is not None and self._options(tracer).get("use_cache") is not False
+    def keeps_cache(self, entry: Entry) -> bool:
+        return self._cache_name is not None and self._options(entry).get("use_cache") is not False
 
-    def rows_each(self, tracer: Tracer, path: str) -> int:
+    def rows_each(self, entry: Entry, path: str) -> int:
         # Encoders run before transformers repeats the rows of the prompts.
-        if not tracer.generates or (path and self._in_encoder(path)):
+        if not entry.generates or (path and self._in_encoder(path)):
             return 1
-        return self._options(tracer).repeats
+        return self._options(entry).repeats
 
-    def cached(self, tracer: Tracer, prompt: Any) -> int:
-        cache = self._given_cache(tracer, prompt)
+    def cached(self, entry: Entry, prompt: Any) -> int:
+        cache = self._given_cache(entry, prompt)
         return 0 if cache is None else int(cache.get_seq_length())
 
     def grows_cache(self, tracer: Tracer, prompt: Any) -> bool:
@@ -415,8 +418,8 @@ class LanguageModel(Model):
             self._encoder = next(paths, "")
         return path == self._encoder or path.startswith(f"{self._encoder}.")
 
-    def _options(self, tracer: Tracer) -> Options:
-        return Options(tracer.kwargs, getattr(self.module_tree(), "generation_config", None))
+    def _options(self, entry: Entry) -> Options:
+        return Options(entry.options, getattr(self.module_tree(), "generation_config", None))
 
     def _sorts_tokens(self, module: torch.nn.Module) -> bool:
         # Every class of experts that transformers can switch between implementations has this mark.
@@ -598,45 +601,45 @@ class LanguageModel(Model):
         reader.channels = getattr(embedding, "embedding_dim", None)
         return self._reader.read(args, kwargs)
 
-    def run_block(self, tracer: Tracer) -> Any:
-        if tracer.generates:
+    def run_block(self, task: Task) -> Outcome:
+        if task.job.entry.generates:
             if self._reader.limit is not None:
-                self._check_length(tracer, self._reader.limit)
-            option = self._options(tracer).without_steps()
-            if option is not None and looks_at_steps(tracer.graph):
-                raise BlockError.no_steps(option, tracer.location)
-        return super().run_block(tracer)
+                self._check_length(task.job, self._reader.limit)
+            option = self._options(task.job.entry).without_steps()
+            if option is not None and looks_at_steps(task.job.graph):
+                raise BlockError.no_steps(option, task.job.location)
+        return super().run_block(task)
 
-    def _check_length(self, tracer: Tracer, limit: int) -> None:
-        options = self._options(tracer)
-        for invoker in tracer.invokes:
-            if invoker.prompt is None:
+    def _check_length(self, job: Job, limit: int) -> None:
+        options = self._options(job.entry)
+        for prompt, location in zip(job.prompts, job.lines, strict=True):
+            if prompt is None:
                 continue
-            first = self._continued(tracer, invoker.prompt)
+            first = self._continued(job.entry, prompt)
             new, total = options.get("max_new_tokens"), options.get("max_length")
             if new is None and total is not None:
                 new = int(total) - first
             # The last token is not fed to the model.
             if first + int(new or 0) - 1 > limit:
                 raise InputError(
-                    f"the prompt of {first} tokens ({invoker.location}) and {new} new ones "
+                    f"the prompt of {first} tokens ({location}) and {new} new ones "
                     f"pass the {limit} positions of the model."
                 )
 
-    def _continued(self, tracer: Tracer, prompt: TextPrompt | None) -> int:
+    def _continued(self, entry: Entry, prompt: TextPrompt | None) -> int:
         """How many tokens a generation continues: the prompt's, or those that a decoder begins with."""
         if not self.config.is_encoder_decoder:
             return 0 if prompt is None else prompt.width
         given = {} if prompt is None else prompt.other
-        begins = given.get("decoder_input_ids", tracer.kwargs.get("decoder_input_ids"))
+        begins = given.get("decoder_input_ids", entry.options.get("decoder_input_ids"))
         return 1 if begins is None else int(begins.shape[1])
 
-    def most_steps(self, tracer: Tracer, prompt: Any) -> int:
-        options = self._options(tracer)
+    def most_steps(self, entry: Entry, prompt: Any) -> int:
+        options = self._options(entry)
         new = options.get("max_new_tokens")
         if new is not None:
             return int(new)
-        total, first = options.get("max_length"), self._continued(tracer, prompt)
+        total, first = options.get("max_length"), self._continued(entry, prompt)
         if total is None:
             # transformers' own default: 20 new tokens, or as many as there are positions.
             limit = getattr(self.config, "max_position_embeddings", None)
@@ -645,29 +648,29 @@ class LanguageModel(Model):
             total = first + 20 if limit is None else min(first + 20, limit)
         return max(1, int(total) - first)
 
-    def may_end(self, tracer: Tracer) -> bool:
-        return self._options(tracer).may_end()
+    def may_end(self, entry: Entry) -> bool:
+        return self._options(entry).may_end()
 
-    def _draws_early(self, tracer: Tracer) -> bool:
+    def _draws_early(self, task: Task) -> bool:
         """True if values were asked for while a block was written that samples: then each prompt draws
         by itself, so that all runs of the block draw the same for it."""
-        return tracer.recording.known is not None and bool(self._options(tracer).get("do_sample"))
+        return task.known is not None and bool(self._options(task.job.entry).get("do_sample"))
 
-    def batch_class(self, tracer: Tracer, invoke: int) -> Hashable:
-        alike: Hashable = super().batch_class(tracer, invoke)
+    def batch_class(self, task: Task, invoke: int) -> Hashable:
+        alike: Hashable = super().batch_class(task, invoke)
         # The rows of a cache that somebody gives are those of one invoke, or of all of them.
-        past = tracer.kwargs.get("past_key_values")
-        if past is not None and _rows_of(past) == tracer.invokes[invoke].prompt.rows:
+        past = task.job.entry.options.get("past_key_values")
+        if past is not None and _rows_of(past) == task.job.prompts[invoke].rows:
             return invoke
-        if not tracer.generates:
+        if not task.job.entry.generates:
             return alike
-        options, graph = self._options(tracer), tracer.graph
+        options, graph = self._options(task.job.entry), task.job.graph
         # Architectures that are not known may mix the states of rows of one length, too: RWKV does.
-        if self._padding is None or options.asks(ALONE) or self._draws_early(tracer):
+        if self._padding is None or options.asks(ALONE) or self._draws_early(task):
             return invoke
         if options.asks(SAVES, GUESSES, LOOP) and not looks_at_steps(graph):
             return invoke
-        if any(isinstance(value, torch.Tensor) for value in tracer.kwargs.values()):
+        if any(isinstance(value, torch.Tensor) for value in task.job.entry.options.values()):
             return invoke  # it has the rows of one prompt
         # Only the beam search itself knows at which step it is done with a prompt.
         if (
@@ -677,10 +680,10 @@ class LanguageModel(Model):
         ):
             return invoke
         if options.asks(LENGTH) or options.get("max_new_tokens") is None:
-            return alike, tracer.invokes[invoke].prompt.width
+            return alike, task.job.prompts[invoke].width
         return alike
 
-    def prompt_identity(self, tracer: Tracer, prompt: Any) -> Hashable:
+    def prompt_identity(self, prompt: Any) -> Hashable:
         if prompt.other:
             return None
         if any(tensor.is_floating_point() for tensor in prompt.inputs.values()):
@@ -721,14 +724,14 @@ class LanguageModel(Model):
             return kinds
         return kinds, prompt.width, any(n != prompt.width for n in prompt.lengths)
 
-    def may_share(self, tracer: Tracer) -> bool:
+    def may_share(self, job: Job) -> bool:
         # Options of the forward may ask for what skipped blocks would have given; with dropout, the
         # same input is not the same computation.
         module, config = self.module_tree(), self.config.get_text_config()
         asked = any(getattr(config, f"output_{n}", False) for n in ("hidden_states", "attentions"))
-        prompts = (i.prompt for i in tracer.invokes if i.prompt is not None)
+        prompts = (p for p in job.prompts if p is not None)
         changed = any(changed_in(p.other) for p in prompts if p.other)
-        return not (tracer.kwargs or module.training or asked or changed)
+        return not (job.entry.options or module.training or asked or changed)
 
     def may_be_causal(self) -> bool:
         config = self.config.get_text_config()
@@ -778,20 +781,20 @@ class LanguageModel(Model):
 
     def forward(
         self,
-        tracer: Tracer,
+        task: Task,
         module: torch.nn.Module,
         one: Pass,
         prompts: list[TextPrompt],
         cache: Any = None,
     ) -> Any:
-        positions = self._takes_positions and not tracer.generates
+        positions = self._takes_positions and not task.job.entry.generates
         device, right = self._input_device(module), self.pads_right
         inputs = batch(prompts, self._reader.pad, positions, device, right)
         if not self._takes_mask:
             inputs.pop("attention_mask")
-        options = dict(tracer.kwargs)
+        options = dict(task.job.entry.options)
         past = options.get("past_key_values", inputs.get("past_key_values"))
-        if not tracer.generates:
+        if not task.job.entry.generates:
             if one.positions and "labels" not in inputs:
                 options.setdefault("logits_to_keep", one.positions)
             if cache is not None:
@@ -806,10 +809,11 @@ class LanguageModel(Model):
                 # Skipped blocks would leave gaps in a cache; and nobody sees it.
                 options.setdefault("use_cache", False)
             return module(**inputs, **options)
-        settings = self._options(tracer)
-        if len(one.invokes) == 1 and self._draws_early(tracer):
-            first = next(i.index for i in tracer.invokes if i.prompt is not None)
-            own_draws(tracer.recording.known, one.invokes[0], one.invokes[0] == first)
+        settings = self._options(task.job.entry)
+        if len(one.invokes) == 1 and self._draws_early(task):
+            first = next(i for i, p in enumerate(task.job.prompts) if p is not None)
+            assert task.known is not None, "it draws early"
+            own_draws(task.known, one.invokes[0], one.invokes[0] == first)
         if self._keeps_logits and one.positions != 1 and self._touches_head(one):
             # Else transformers computes the prompt's last logits alone.
             options.setdefault("logits_to_keep", one.positions)
@@ -820,7 +824,7 @@ class LanguageModel(Model):
             options["disable_compile"] = True  # hooks are not compiled
             given = options.get("stopping_criteria") or ()
             options["stopping_criteria"] = [*given, self._clock]
-        if tracer.part is not None and not tracer.part.whole:
+        if task.part is not None and not task.part.whole:
             options.pop("streamer", None)  # it hears of the block's last run alone
         if settings.get("pad_token_id") is None:
             options["pad_token_id"] = self._reader.pad
@@ -851,10 +855,16 @@ class LanguageModel(Model):
 
     @contextmanager
     def around(
-        self, tracer: Tracer, run: Run, module: torch.nn.Module, prompts: list[TextPrompt]
+        self,
+        task: Task,
+        run: Run,
+        module: torch.nn.Module,
+        prompts: list[TextPrompt],
+        outcome: Outcome,
     ) -> Iterator[None]:
-        part = tracer.part
+        part = task.part
         counts = part is not None and part.counts
+<<<<<<< HEAD
         rounds = bool(tracer.graph.rounds)
         watched = bool(run.sites or run.stopped or counts or rounds)
         if not tracer.generates or not (watched or self.config.is_encoder_decoder):
@@ -863,9 +873,18 @@ class LanguageModel(Model):
         stops = bool(tracer.graph.stops)
         endings = self._options(tracer).endings()
         later = counts or rounds or any(site.wanted_after_first() for site in run.sites)
+=======
+        watched = bool(run.sites or run.stopped or counts)
+        if not task.job.entry.generates or not (watched or self.config.is_encoder_decoder):
+            yield
+            return
+        stops = bool(task.job.graph.stops)
+        endings = self._options(task.job.entry).endings()
+        later = counts or any(site.wanted_after_first() for site in run.sites)
+>>>>>>> a44644a (A finished block is a Job: what runs takes that, not the Tracer)
         watches = later and (endings is not None or stops)
         kind = StoppingClock if stops else Clock
-        until = part.until if counts else None
+        until = part.until if part is not None and counts else None
         clock = kind(run, sum(prompt.rows for prompt in prompts), endings, watches, until)
         # Before the hooks on the model itself, which belong to the step that begins.
         handles: list[RemovableHandle] = []
@@ -884,73 +903,78 @@ class LanguageModel(Model):
             over()
             for invoke in {*run.extents, *run.stopped}:
                 at = run.stopped.get(invoke)
-                tracer.invokes[invoke].stopped = None if at is None else at[0]
-            if counts:
+                outcome.stopped[invoke] = None if at is None else at[0]
+            if part is not None and counts:
                 part.reached.update(run.reached)
             if self.config.is_encoder_decoder:
                 for invoke in run.extents:
-                    tracer.invokes[invoke].begins_with = clock.begins_with
+                    if clock.begins_with is not None:
+                        outcome.begins_with[invoke] = clock.begins_with
 
     def _sequences(
-        self, tracer: Tracer, prompts: dict[int, TextPrompt], result: Any
+        self, job: Job, outcome: Outcome, prompts: dict[int, TextPrompt], result: Any
     ) -> dict[int, torch.Tensor]:
         """Each prompt's own token ids [row, token] of a generated batch, as if it had run alone."""
         ids = result if isinstance(result, torch.Tensor) else result.sequences
-        endings = self._options(tracer).endings()
-        before = {index: self._before(tracer.invokes[index]) for index in prompts}
+        endings = self._options(job.entry).endings()
+        before = {index: self._before(outcome, index, prompt) for index, prompt in prompts.items()}
         width = max(before.values())
         each = ids.shape[0] // sum(prompt.rows for prompt in prompts.values())
         found, start = {}, 0
         for index, prompt in prompts.items():
             own = ids[start : start + prompt.rows * each, width - before[index] :]
             start += prompt.rows * each
-            stopped = tracer.invokes[index].stopped
+            stopped = outcome.stopped.get(index)
             if stopped is not None:
                 own = own[:, : before[index] + stopped + 1]
             found[index] = _until_end(own, before[index], endings)
         return found
 
-    def _before(self, invoker: Invoker) -> int:
+    def _before(self, outcome: Outcome, invoke: int, prompt: TextPrompt) -> int:
         """How many tokens the generated ids of an invoke begin with: its prompt, or what its decoder
         began with."""
         if self.config.is_encoder_decoder:
-            assert invoker.begins_with is not None, "it has run"
-            return invoker.begins_with
-        return invoker.prompt.width if "input_ids" in invoker.prompt.inputs else 0
+            return outcome.begins_with[invoke]
+        return prompt.width if "input_ids" in prompt.inputs else 0
 
     def results_by_invoke(
-        self, tracer: Tracer, prompts: dict[int, Any], result: Any
+        self, job: Job, outcome: Outcome, prompts: dict[int, Any], result: Any
     ) -> dict[int, Any]:
         if len(prompts) == 1:
             return dict.fromkeys(prompts, result)
-        found = self._sequences(tracer, prompts, result)
+        found = self._sequences(job, outcome, prompts, result)
         if isinstance(result, torch.Tensor):
             return found
         return {index: type(result)(sequences=own) for index, own in found.items()}
 
-    def joined_result(self, tracer: Tracer, passes: list[Pass], results: list[Any]) -> Any:
-        if not (tracer.generates and results) or any(result is None for result in results):
-            return super().joined_result(tracer, passes, results)
+    def join_results(
+        self, job: Job, outcome: Outcome, passes: list[Pass], results: list[Any]
+    ) -> None:
+        if not (job.entry.generates and results) or any(result is None for result in results):
+            super().join_results(job, outcome, passes, results)
+            return
         parts: dict[int, tuple[Any, int]] = {}
         for one, result in zip(passes, results, strict=True):
-            prompts = {index: tracer.invokes[index].prompt for index in one.invokes}
-            for index, own in self._sequences(tracer, prompts, result).items():
-                parts[index] = (own, self._before(tracer.invokes[index]))
+            prompts = {index: job.prompts[index] for index in one.invokes}
+            for index, own in self._sequences(job, outcome, prompts, result).items():
+                parts[index] = (own, self._before(outcome, index, prompts[index]))
         for index, (own, _) in parts.items():
-            tracer.invokes[index].output = own
+            outcome.outputs[index] = own
         if len(results) == 1:
-            return results[0]
+            outcome.result = results[0]
+            return
         if not all(isinstance(result, torch.Tensor) for result in results):
-            return tuple(results)
+            outcome.result = tuple(results)
+            return
         before = max(width for _, width in parts.values())
         after = max(own.shape[1] - width for own, width in parts.values())
-        pad = self._options(tracer).get("pad_token_id")
+        pad = self._options(job.entry).get("pad_token_id")
         pad = self._reader.pad if pad is None else int(pad)
         rows = [
             torch.nn.functional.pad(own, (before - width, after - own.shape[1] + width), value=pad)
             for _, (own, width) in sorted(parts.items())
         ]
-        return torch.cat(rows)
+        outcome.result = torch.cat(rows)
 
 
 def _is_of_transformers(module: torch.nn.Module) -> bool:

@@ -8,9 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
-from ..intervention import Plan, Shapes, warn_of_padding
+from ..intervention import Plan, Shapes, Task, warn_of_padding
 from ..intervention.rows import Misfit, Opaque, fit
-from ..tracing.context import Tracer
 from ..tracing.errors import (
     GraftworkError,
     NotRunError,
@@ -19,6 +18,7 @@ from ..tracing.errors import (
     UnmeasuredError,
 )
 from ..tracing.graph import Graph, arguments
+from ..tracing.job import Entry, Job, Outcome, Recorded
 from ..tracing.node import READ, WRITE, Node
 from ..tracing.structure import leaves, map_leaves
 from ..tracing.template import Template
@@ -29,17 +29,17 @@ class Scanned(Protocol):
 
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
 
-    def oracle(self, tracer: Tracer) -> Shapes: ...
+    def oracle(self, written: Recorded) -> Shapes: ...
 
-    def explain(self, tracer: Tracer) -> Any: ...
+    def explain(self, job: Job) -> Any: ...
 
-    def plan_block(self, tracer: Tracer) -> Plan: ...
+    def plan_block(self, task: Task) -> Plan: ...
 
     def module_paths(self, modules: Any) -> list[str]: ...
 
     def lasting_edits(self) -> list[Template]: ...
 
-    def early_check(self, tracer: Tracer) -> Callable[[], None] | None: ...
+    def early_check(self, written: Recorded) -> Callable[[], None] | None: ...
 
 
 class Scan:
@@ -53,31 +53,34 @@ class Scan:
     def module_paths(self, modules: Any) -> list[str]:
         return self._model.module_paths(modules)
 
-    def most_steps(self, tracer: Tracer, prompt: Any) -> int:
+    def most_steps(self, entry: Entry, prompt: Any) -> int:
         return 1  # a scan is one forward
 
-    def may_end(self, tracer: Tracer) -> bool:
+    def may_end(self, entry: Entry) -> bool:
         return False
 
-    def reaches(self, tracer: Tracer, invoke: int, step: int) -> bool:
+    def reaches(self, job: Job, invoke: int, step: int, known: Any) -> bool:
         return True
 
-    def check_repeats(self, tracer: Tracer) -> None:
+    def remember(self) -> Any:
+        return None  # there are no values that could be known
+
+    def check_repeats(self, job: Job) -> None:
         """Nothing runs, so nothing is changed."""
 
-    def demand(self, tracer: Tracer, node: Node) -> Any:
+    def demand(self, job: Job, node: Node, known: Any) -> Any:
         raise AssertionError("the recording of a scan says that it has no values")
 
-    def execute(self, tracer: Tracer) -> Any:
+    def run(self, job: Job, known: Any = None) -> Outcome:
         """Check every recorded node; saved values become meta tensors.
 
         Raises:
             OrderError: a write needs a later value.
             ShapeError: a written value does not fit.
         """
-        self._model.plan_block(tracer)
-        graph, shapes = tracer.graph, self._model.oracle(tracer)
-        warn_of_padding(tracer, shapes)
+        self._model.plan_block(Task(job))
+        graph, shapes = job.graph, self._model.oracle(job)
+        warn_of_padding(job, shapes)
         unknown: dict[int, GraftworkError] = {}
         result = None
         for node, value, reason in check(graph, shapes):
@@ -94,7 +97,7 @@ class Scan:
                     box.error = ScheduleError.shared(node.describe(), node.location, opaque.reason)
                 else:
                     box.value, box.full = _meta(value), True
-        return result
+        return Outcome(result)
 
 
 def check(graph: Graph, shapes: Shapes) -> Iterator[tuple[Node, Any, GraftworkError | None]]:

@@ -6,7 +6,7 @@ not see each other's blocks.
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
@@ -29,6 +29,7 @@ from .errors import (
 from .experiment import Experiment
 from .frames import entry
 from .graph import Graph
+from .job import Entry, Job, Outcome, Recorded
 from .node import READ, HookPoint, Later, Node, user_line
 from .operations import STOP
 from .proxy import Handle, Proxy, save_all
@@ -160,37 +161,44 @@ class Backend(Protocol):
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Turn an invoke's arguments into a prompt. Raises InputError."""
 
-    def execute(self, tracer: Tracer) -> Any:
-        """Run the block and return what the entry point returned, or None if it stopped early."""
+    def run(self, job: Job, known: Any = None) -> Outcome:
+        """Run a job.
 
-    def demand(self, tracer: Tracer, node: Node) -> Any:
+        Args:
+            known: what runs of the block, while it was written, have found.
+        """
+
+    def remember(self) -> Any:
+        """What the runs of a block that is still written will have found."""
+
+    def demand(self, job: Job, node: Node, known: Any) -> Any:
         """Run what is recorded so far as far as the value of `node` needs it, and return that."""
 
     def module_paths(self, modules: Any) -> list[str]:
         """The paths of the modules that a cache names; None names all. Raises UnknownModuleError."""
 
-    def most_steps(self, tracer: Tracer, prompt: Any) -> int:
+    def most_steps(self, entry: Entry, prompt: Any) -> int:
         """How many forwards a generation can have at most."""
 
-    def may_end(self, tracer: Tracer) -> bool:
+    def may_end(self, entry: Entry) -> bool:
         """True if a generation may end before it has had its most steps."""
 
-    def reaches(self, tracer: Tracer, invoke: int, step: int) -> bool:
+    def reaches(self, job: Job, invoke: int, step: int, known: Any) -> bool:
         """True if the generation of an invoke has that step, by what is recorded so far."""
 
-    def check_repeats(self, tracer: Tracer) -> None:
+    def check_repeats(self, job: Job) -> None:
         """Raises BlockError for a block that cannot run again."""
 
     def lasting_edits(self) -> list[Template]:
         """The lasting changes of the model, for every prompt, in the order in which they apply."""
 
-    def early_check(self, tracer: Tracer) -> Callable[[], None] | None:
+    def early_check(self, written: Recording) -> Callable[[], None] | None:
         """What checks the operations of the block at their lines; None if that can wait."""
 
-    def explain(self, tracer: Tracer) -> Any:
+    def explain(self, job: Job) -> Any:
         """A text about the plan of the block."""
 
-    def oracle(self, tracer: Tracer) -> Oracle:
+    def oracle(self, written: Recorded) -> Oracle:
         """Answers about shapes for this block."""
 
 
@@ -201,9 +209,7 @@ class Invoker:
         index: position among the block's invokes.
         prompt: what the model read from the arguments; None sees the whole batch.
         location: the user's line.
-        stopped: after a generation that `stop()` ended, the step after which it did.
         output: after a generation, this invoke's own rows of the result, without padding.
-        begins_with: after a generation of a decoder, how many tokens it began with.
     """
 
     def __init__(
@@ -215,8 +221,6 @@ class Invoker:
         self.prompt = prompt
         self.location = location
         self.output: Any = None
-        self.stopped: int | None = None
-        self.begins_with: int | None = None
         self._step = 0
 
     def __enter__(self) -> Invoker:
@@ -292,7 +296,6 @@ class Tracer(Block):
         invokes: in the order they were opened.
         uses_output: `output` was used inside the block, so the forward must not stop early.
         settings: which passes of the planner run.
-        part: for a run of a part of a block, which part; None for the whole.
         recording: the graph and its state.
     """
 
@@ -317,11 +320,12 @@ class Tracer(Block):
         self.uses_output = False
         self._session: Block | None = None
         self.location = user_line(3)
-        self.part: Any = None
         self._is_alone = False
-        self.recording = Recording(backend.oracle(self))
+        self._edits: tuple[Template, ...] = ()
+        self.recording = Recording(Entry(generates, kwargs))
+        self.recording.oracle = backend.oracle(self.recording)
         self.recording.compute = self._compute
-        self.recording.early = backend.early_check(self)
+        self.recording.early = backend.early_check(self.recording)
         if generates:
             self.recording.reaches = self._reaches
             self.recording.no_gradients = "transformers generates without gradients: use `trace`"
@@ -334,7 +338,23 @@ class Tracer(Block):
     def _append(self, prompt: Any, location: Location) -> Invoker:
         invoker = Invoker(self.recording, self.generates, len(self.invokes), prompt, location)
         self.invokes.append(invoker)
+        self.recording.prompts.append(prompt)
         return invoker
+
+    def job(self) -> Job:
+        """What is recorded, as data."""
+        recording = self.recording
+        return Job(
+            recording.graph,
+            tuple(recording.prompts),
+            tuple(invoker.location for invoker in self.invokes),
+            recording.entry,
+            self.location,
+            self.settings,
+            self.uses_output,
+            self._edits,
+            recording.seen,
+        )
 
     @property
     def graph(self) -> Graph:
@@ -373,7 +393,9 @@ class Tracer(Block):
         """Record the lasting changes of the model for a new prompt."""
         edits = self._backend.lasting_edits()
         if edits:
-            most = self._backend.most_steps(self, invoker.prompt) if self.generates else 1
+            self._edits = tuple(edits)
+            entry = self.recording.entry
+            most = self._backend.most_steps(entry, invoker.prompt) if self.generates else 1
             for step in range(most):
                 for template in edits:
                     template.place(self.recording, step, invoker.index)
@@ -491,12 +513,10 @@ class Tracer(Block):
             Text that shows itself in a notebook; `print(tracer.explain())` elsewhere.
         """
         self._settle()
-        return self._backend.explain(self)
+        return self._backend.explain(self.job())
 
     def _settle(self) -> None:
-        if self.graph.stops:
-            self.graph.extend_stops()
-        if self.graph.passed and self.graph.settle():
+        if settle(self.graph):
             self.recording.known = None  # by numbers that the nodes no longer have
 
     def scans(self, backend: Backend) -> None:
@@ -506,7 +526,14 @@ class Tracer(Block):
         self.recording.no_values = "inside `scan` there are no values"
 
     def _compute(self, node: Node) -> Any:
-        return self._run_early([node], lambda: self._backend.demand(self, node))
+        backend = self._backend
+        return self._run_early([node], lambda: backend.demand(self.job(), node, self._known()))
+
+    def _known(self) -> Any:
+        recording = self.recording
+        if recording.known is None:
+            recording.known = self._backend.remember()
+        return recording.known
 
     def _reaches(self, step: int) -> bool:
         invoke, stops = self.recording.invoke, self.graph.stops
@@ -515,9 +542,14 @@ class Tracer(Block):
         ends = (node for node in stops if node.invoke == invoke and node.target is STOP)
         if any(node.args[0] < step for node in ends):
             return False
-        if not stops and not self._backend.may_end(self):
+        backend = self._backend
+        if not stops and not backend.may_end(self.recording.entry):
             return True
-        found: bool = self._run_early(stops, lambda: self._backend.reaches(self, invoke, step))
+        if all(prompt is None for prompt in self.recording.prompts):
+            return True  # its prompts come later
+        found: bool = self._run_early(
+            stops, lambda: backend.reaches(self.job(), invoke, step, self._known())
+        )
         return found
 
     def _run_early(self, roots: list[Node], run: Callable[[], Any]) -> Any:
@@ -532,14 +564,6 @@ class Tracer(Block):
         finally:
             current_block.reset(token)
 
-    def of_part(self, part: Any, settings: Any) -> Tracer:
-        """This block as it is for a run of a part of it: with another graph and other settings."""
-        again = copy.copy(self)
-        again.part, again.settings = part, settings
-        again.recording = copy.copy(self.recording)
-        again.recording.graph = part.graph
-        return again
-
     def compile(self) -> Experiment:
         """The block as an experiment that runs again on other prompts. See `Experiment`."""
         first = [invoker.prompt for invoker in self.invokes if invoker.prompt is not None]
@@ -549,27 +573,20 @@ class Tracer(Block):
             raise BlockError(
                 "a block with `with tracer.iter[…]` cannot be compiled; use a `for` loop."
             )
-        self._backend.check_repeats(self)
+        backend, recorded = self._backend, self.job()
+        backend.check_repeats(recorded)
 
         def run(graph: Graph, prompts: tuple[Any, ...]) -> None:
-            again = Tracer(
-                self.model,
-                self._backend,
-                generates=self.generates,
-                args=(),
-                prompt_kwargs={},
-                kwargs=self.kwargs,
-                settings=self.settings,
-            )
-            new = [self._backend.prepare((prompt,), {}) for prompt in prompts] or first
+            new = [backend.prepare((prompt,), {}) for prompt in prompts] or first
             experiment.check(new)
             rest = iter(new)
-            for invoker in self.invokes:
-                prompt = None if invoker.prompt is None else next(rest)
-                again._append(prompt, invoker.location)
-            again.uses_output = self.uses_output
-            again.recording.graph = graph
-            again.run()
+            own = tuple(None if one is None else next(rest) for one in recorded.prompts)
+            settle(graph)
+            job = dataclasses.replace(recorded, graph=graph, prompts=own, seen=object())
+            try:
+                backend.run(job)
+            finally:
+                graph.release()
 
         experiment = Experiment(self.graph, first, run, self._sized())
         return experiment
@@ -668,7 +685,7 @@ class Tracer(Block):
 
     def _most_steps(self) -> int:
         prompt = self.invokes[max(self.recording.invoke, 0)].prompt
-        return self._backend.most_steps(self, prompt)
+        return self._backend.most_steps(self.recording.entry, prompt)
 
     @property
     def mask(self) -> torch.Tensor:
@@ -743,11 +760,21 @@ class Tracer(Block):
         recording.state = RUNNING
         try:
             self._settle()
-            self._result = self._backend.execute(self)
+            outcome = self._backend.run(self.job(), recording.known)
+            self._result = outcome.result
+            for invoker in self.invokes:
+                invoker.output = outcome.outputs.get(invoker.index)
             recording.close(DONE)
         finally:
             if recording.state is RUNNING:
                 recording.close(FAILED)
+
+
+def settle(graph: Graph) -> bool:
+    """Complete a graph before it runs. True if its nodes have other numbers then."""
+    if graph.stops:
+        graph.extend_stops()
+    return bool(graph.passed) and graph.settle()
 
 
 def _compute_earlier(graph: Graph, roots: list[Node]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from .errors import BlockError, NotRunError
 from .frames import shorten
 from .graph import Box, Graph, Series
+from .job import Entry
 from .node import Captured, HookPoint, Node, user_line
 
 OPEN, RUNNING, DONE, FAILED, ABANDONED = "open", "running", "done", "failed", "abandoned"
@@ -62,6 +63,8 @@ class Recording:
 
     Attributes:
         graph: the nodes.
+        entry: how the model is entered.
+        prompts: what the model read of each invoke's arguments; None sees the whole batch.
         state: OPEN while the block is written, then RUNNING, then DONE, FAILED or ABANDONED.
         invoke: index of the open invoke, -1 between invokes.
         step: the forward that the open invoke talks about.
@@ -107,6 +110,7 @@ class Recording:
         "cut",
         "decided",
         "early",
+        "entry",
         "graph",
         "invoke",
         "known",
@@ -119,6 +123,7 @@ class Recording:
         "oracle",
         "parameters",
         "parts",
+        "prompts",
         "reaches",
         "retained",
         "saved",
@@ -130,7 +135,9 @@ class Recording:
         "step",
     )
 
-    def __init__(self, oracle: Oracle) -> None:
+    def __init__(self, entry: Entry) -> None:
+        self.entry = entry
+        self.prompts: list[Any] = []
         self.graph = Graph()
         self.state = OPEN
         self.invoke = -1
@@ -146,7 +153,7 @@ class Recording:
         self.parts: dict[int, Any] = {}
         self.lent: dict[int, Captured] = {}
         self.serial = next(_serials)
-        self.oracle: Oracle | None = oracle
+        self.oracle: Oracle | None = None
         self.compute: Callable[[Node], Any] | None = None
         self.reaches: Callable[[int], bool] | None = None
         self.known: Any = None
@@ -162,6 +169,11 @@ class Recording:
         self.backward: int | None = None
         self.no_gradients: str | None = None
         self.early: Callable[[], None] | None = None
+
+    @property
+    def seen(self) -> Hashable:
+        """Another one when the block begins to run: only in between the model can be changed."""
+        return self.serial, self.state
 
     def close(self, state: str) -> None:
         """End the block. What was delivered belongs to the user's proxies alone from here on: no
