@@ -209,7 +209,9 @@ class Invoker:
         index: position among the block's invokes.
         prompt: what the model read from the arguments; None sees the whole batch.
         location: the user's line.
+        stopped: after a generation that `stop()` ended, the step after which it did.
         output: after a generation, this invoke's own rows of the result, without padding.
+        begins_with: after a generation of a decoder, how many tokens it began with.
     """
 
     def __init__(
@@ -221,6 +223,8 @@ class Invoker:
         self.prompt = prompt
         self.location = location
         self.output: Any = None
+        self.stopped: int | None = None
+        self.begins_with: int | None = None
         self._step = 0
 
     def __enter__(self) -> Invoker:
@@ -764,6 +768,8 @@ class Tracer(Block):
             self._result = outcome.result
             for invoker in self.invokes:
                 invoker.output = outcome.outputs.get(invoker.index)
+                invoker.stopped = outcome.stopped.get(invoker.index)
+                invoker.begins_with = outcome.begins_with.get(invoker.index)
             recording.close(DONE)
         finally:
             if recording.state is RUNNING:
