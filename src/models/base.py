@@ -591,7 +591,7 @@ class Model(Envoy):
     def cached(self, entry: Entry, prompt: Any) -> int:
         return 0
 
-    def grows_cache(self, tracer: Tracer, prompt: Any) -> bool:
+    def grows_cache(self, entry: Entry, prompt: Any) -> bool:
         return True
 
     def schedule(

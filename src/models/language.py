@@ -389,12 +389,11 @@ class LanguageModel(Model):
         cache = self._given_cache(entry, prompt)
         return 0 if cache is None else int(cache.get_seq_length())
 
-    def grows_cache(self, tracer: Tracer, prompt: Any) -> bool:
-        cache = self._given_cache(tracer, prompt)
+    def grows_cache(self, entry: Entry, prompt: Any) -> bool:
+        cache = self._given_cache(entry, prompt)
         if cache is None:
             return (
-                not tracer.generates
-                or self._options(tracer).get("cache_implementation") in _GROWING
+                not entry.generates or self._options(entry).get("cache_implementation") in _GROWING
             )
         kinds, own = (
             [type(layer) for layer in getattr(one, "layers", ())]
@@ -403,9 +402,9 @@ class LanguageModel(Model):
         # One without a configuration keeps all tokens where the model's own keeps the last.
         return not cache.is_compileable and kinds == own[: len(kinds)]
 
-    def _given_cache(self, tracer: Tracer, prompt: Any) -> Any:
+    def _given_cache(self, entry: Entry, prompt: Any) -> Any:
         """The user's own cache in what a block or an invoke was given."""
-        given = {**tracer.kwargs, **(getattr(prompt, "other", None) or {})}
+        given = {**entry.options, **(getattr(prompt, "other", None) or {})}
         return given.get("past_key_values")
 
     def _in_encoder(self, path: str) -> bool:

@@ -20,6 +20,7 @@ from ..tracing.errors import (
 from ..tracing.graph import Graph, arguments
 from ..tracing.job import Entry, Job, Outcome, Recorded
 from ..tracing.node import READ, WRITE, Node
+from ..tracing.recording import Recording
 from ..tracing.structure import leaves, map_leaves
 from ..tracing.template import Template
 
@@ -39,7 +40,7 @@ class Scanned(Protocol):
 
     def lasting_edits(self) -> list[Template]: ...
 
-    def early_check(self, written: Recorded) -> Callable[[], None] | None: ...
+    def early_check(self, written: Recording) -> Callable[[], None] | None: ...
 
 
 class Scan:
