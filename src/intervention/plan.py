@@ -7,11 +7,12 @@ from `Facts`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable
-from typing import Protocol
+from collections.abc import Hashable, Mapping
+from typing import Any, Protocol
 
 import torch
 
+from ..tracing.errors import InputError, near
 from ..tracing.node import HookPoint, Node
 from .schedule import Schedule
 
@@ -194,3 +195,24 @@ class Plan:
     resume: Resume | None = None
     waits: list[list[Node]] = dataclasses.field(default_factory=list)
     skipped: dict[int, Node] = dataclasses.field(default_factory=dict)
+
+
+def settings_of(given: Any) -> Settings:
+    """Planner settings from what the user gave: None, False, a mapping of switches, or Settings.
+
+    Raises:
+        InputError: it is something else, or names no pass of the planner.
+    """
+    if given is None or given is True:
+        return Settings()
+    if given is False:
+        return Settings.naive()
+    if isinstance(given, Settings):
+        return given
+    if isinstance(given, Mapping):
+        known = [field.name for field in dataclasses.fields(Settings)]
+        for name in given:
+            if name not in known:
+                raise InputError(f"plan= has no switch `{name}`. {near(name, known)}")
+        return Settings(**given)
+    raise InputError(f"plan= takes False or a mapping of switches, not {type(given).__name__}.")

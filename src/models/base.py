@@ -14,9 +14,15 @@ from typing import Any
 
 import torch
 
+from ..engines.execution import Execution
+from ..engines.explain import Explanation, explain
+from ..engines.facts import BlockFacts
+from ..engines.memory import free_memory
+from ..engines.scan import Scan
 from ..envoy import Alias, Envoy, Names, names_of
 from ..envoy.names import write_name
 from ..envoy.spellings import resolve
+from ..inputs.changing import Changing, Statistics, changed_in
 from ..intervention import (
     Known,
     Listing,
@@ -43,6 +49,8 @@ from ..intervention import (
     warn_of_padding,
 )
 from ..intervention.fingerprint import fingerprint
+from ..intervention.locks import turn_of
+from ..intervention.plan import settings_of
 from ..intervention.rows import bytes_each
 from ..intervention.schedule import SIZES, behind_cache
 from ..intervention.source import InnerOperation
@@ -69,14 +77,8 @@ from ..tracing.structure import ATOMS, leaves, map_leaves
 from ..tracing.template import Template
 from . import edits
 from .architectures import stacks_of
-from .changing import Changing, Statistics, changed_in
 from .edits import Held
-from .execution import Execution, free_memory, settings_of
-from .explain import Explanation, explain
-from .facts import BlockFacts
 from .loading import meta_copy
-from .locks import turn_of
-from .scan import Scan
 from .sizes import Sizes
 from .stacked import StackedWeights
 from .verify import NamesReport, verify

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ..engines.scan import check
 from ..envoy import Envoy
 from ..intervention import at_path
 from ..tracing.context import Tracer
@@ -30,7 +31,6 @@ from ..tracing.states import Kept
 from ..tracing.structure import leaves
 from ..tracing.template import Template
 from ..tracing.wire import pack, unpack
-from .scan import check
 
 _KIND = "edits of a model"
 

@@ -13,22 +13,8 @@ from torch.utils.hooks import RemovableHandle
 
 from ..envoy import Alias
 from ..envoy.attached import open_recording
-from ..intervention import Pass, Run, Task, add_hook, own_draws, remove_hooks, unharmed
-from ..intervention.fingerprint import fingerprint
-from ..intervention.interrupts import put_back, uninterrupted
-from ..intervention.schedule import TARGETS
-from ..tracing.context import Tracer
-from ..tracing.errors import BlockError, InputError, LoadError, ScheduleError, near
-from ..tracing.frames import entry
-from ..tracing.job import Entry, Job, Outcome, Recorded
-from ..tracing.node import READ, WRITE
-from ..tracing.structure import ATOMS
-from . import calls
-from .architectures import IDS, POSITIONS, alias_of, padding_of, pads, pads_right
-from .base import Model, accepts
-from .changing import changed_in
-from .execution import settings_of
-from .generation import (
+from ..inputs.changing import changed_in
+from ..inputs.generation import (
     ALONE,
     GUESSES,
     LENGTH,
@@ -42,9 +28,23 @@ from .generation import (
     check_counts,
     looks_at_steps,
 )
+from ..inputs.prompts import DECODED, PER_TOKEN, Reader, TextPrompt, batch
+from ..intervention import Pass, Run, Task, add_hook, own_draws, remove_hooks, unharmed
+from ..intervention.fingerprint import fingerprint
+from ..intervention.interrupts import put_back, uninterrupted
+from ..intervention.locks import turn_of
+from ..intervention.plan import settings_of
+from ..intervention.schedule import TARGETS
+from ..tracing.context import Tracer
+from ..tracing.errors import BlockError, InputError, LoadError, ScheduleError, near
+from ..tracing.frames import entry
+from ..tracing.job import Entry, Job, Outcome, Recorded
+from ..tracing.node import READ, WRITE
+from ..tracing.structure import ATOMS
+from . import calls
+from .architectures import IDS, POSITIONS, alias_of, padding_of, pads, pads_right
+from .base import Model, accepts
 from .loading import Checkpoint, placement, takes_images, what_loading_replaces
-from .locks import turn_of
-from .prompts import DECODED, PER_TOKEN, Reader, TextPrompt, batch
 
 logger = logging.getLogger("graftwork")
 

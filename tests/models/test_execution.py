@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-import graftwork.models.execution
+import graftwork.engines.execution
 from graftwork import LanguageModel
 from graftwork.intervention import Settings
-from graftwork.models.execution import settings_of
+from graftwork.intervention.plan import settings_of
 from graftwork.tracing.errors import InputError
 
 
@@ -325,7 +325,7 @@ def test_progress_is_shown_over_long_blocks_alone(
         seen.append((len(passes), options["disable"], options["delay"]))
         return passes
 
-    monkeypatch.setattr(graftwork.models.execution, "tqdm", bar)
+    monkeypatch.setattr(graftwork.engines.execution, "tqdm", bar)
     ids = tools.prompts(3, 4, 5)
     with model.trace(plan={"micro_batches": False, "progress": wanted}) as tracer:
         for prompt in ids:

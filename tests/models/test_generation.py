@@ -12,7 +12,7 @@ import transformers
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, WatermarkingConfig
 
 from graftwork import LanguageModel
-from graftwork.models.generation import LENGTH, OPTIONS, ROWS, Options
+from graftwork.inputs.generation import LENGTH, OPTIONS, ROWS, Options
 from graftwork.tracing.errors import BlockError
 
 LONG, SHORT, ONE = [11, 3, 40, 22, 8, 3, 40], [5, 17, 9], [17]

@@ -1,7 +1,7 @@
 """One file an architecture, and the registry that finds them."""
 
+from ...inputs.padding import IDS, POSITIONS, padding_of, pads, pads_right
 from .architecture import Architecture, Block, Norm, Part, Weight, decoder
-from .padding import IDS, POSITIONS, padding_of, pads, pads_right
 from .registry import alias_of, architecture_of, declared, register, stacks_of
 
 __all__ = [

@@ -13,7 +13,8 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from graftwork import LanguageModel
-from graftwork.models.architectures import IDS, POSITIONS, padding, padding_of
+from graftwork.inputs import padding
+from graftwork.models.architectures import IDS, POSITIONS, padding_of
 
 LISTED = sorted(padding._BY_POSITIONS | padding._BY_MASK | padding._BY_IDS)
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, Protocol
 
 import torch
 from tqdm import tqdm
 
-from ..intervention import Pass, Patcher, Plan, Prefix, Run, Schedule, Settings, Stop, Task, at_path
+from ..inputs.changing import Changing
+from ..intervention import Pass, Patcher, Plan, Prefix, Run, Schedule, Stop, Task, at_path
 from ..intervention.repeats import may_repeat
-from ..tracing.errors import InputError, ScheduleError, near
+from ..tracing.errors import ScheduleError
 from ..tracing.job import Job, Outcome, Recorded
-from .changing import Changing
+from .memory import free_memory, is_out_of_memory
 
 logger = logging.getLogger("graftwork")
 
@@ -133,7 +133,7 @@ class Execution:
         try:
             result = self._run_pass(one)
         except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             halves = [] if self._changing else one.halves()
             if not halves:
@@ -230,40 +230,3 @@ class Execution:
         if run.wants_result:
             run.result(host.results_by_invoke(task.job, self.outcome, prompts, result))
         return result
-
-
-def settings_of(given: Any) -> Settings:
-    """Planner settings from what the user gave: None, False, a mapping of switches, or Settings.
-
-    Raises:
-        InputError: it is something else, or names no pass of the planner.
-    """
-    if given is None or given is True:
-        return Settings()
-    if given is False:
-        return Settings.naive()
-    if isinstance(given, Settings):
-        return given
-    if isinstance(given, Mapping):
-        known = [field.name for field in dataclasses.fields(Settings)]
-        for name in given:
-            if name not in known:
-                raise InputError(f"plan= has no switch `{name}`. {near(name, known)}")
-        return Settings(**given)
-    raise InputError(f"plan= takes False or a mapping of switches, not {type(given).__name__}.")
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    # accelerate depends on psutil, so it is there.
-    import psutil
-
-    return int(psutil.virtual_memory().available)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        "can't allocate memory" in str(error)
-    )
