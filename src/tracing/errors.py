@@ -734,6 +734,10 @@ class SourceError(GraftworkError, AttributeError):
 class InputError(GraftworkError, ValueError):
     """A prompt that cannot be run."""
 
+    @classmethod
+    def joins(cls, reason: str) -> InputError:
+        return cls(f"these blocks cannot run as one: {reason}. Run them one after the other.")
+
 
 class LoadError(GraftworkError):
     """A model that cannot be found or loaded."""

@@ -9,8 +9,11 @@ import dataclasses
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Protocol
 
-from .errors import Location
+from .errors import InputError, Location
 from .graph import Graph
+from .node import CALL, GradPoint, Later, Node
+from .operations import STOP
+from .structure import ATOMS, leaves, map_leaves
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -85,6 +88,129 @@ class Job:
     @property
     def lasting(self) -> bool:
         return False
+
+    def join(self, other: Job) -> Job:
+        """One job that does what both do: the invokes of `other` come behind those of this one. The
+        boxes of both wait for their values; neither job may run by itself afterwards.
+
+        Raises:
+            InputError: they cannot run together.
+        """
+        for job in (self, other):
+            _check_joins(job)
+        if self.entry.generates != other.entry.generates:
+            raise InputError.joins("one generates and the other is a trace")
+        if self.settings != other.settings:
+            raise InputError.joins("their planner settings differ")
+        options, most = _joined_options(self.entry.options, other.entry.options)
+        graph = _joined_graph(self, other)
+        for job, first in ((self, 0), (other, len(self.prompts))):
+            own = job.entry.options.get(_STEPS)
+            if own != most:
+                _stop_after(graph, own - 1, range(first, first + len(job.prompts)), job.location)
+        return Job(
+            graph,
+            self.prompts + other.prompts,
+            self.lines + other.lines,
+            Entry(self.entry.generates, options),
+            self.location,
+            self.settings,
+            False,
+            self.edits if self.edits == other.edits else self.edits + other.edits,
+            (self.seen, other.seen),
+        )
+
+
+_STEPS = "max_new_tokens"
+
+
+def _check_joins(job: Job) -> None:
+    """Refuse a job that sees more than its own prompts."""
+    if any(prompt is None for prompt in job.prompts):
+        raise InputError.joins(f"the block at {job.location} sees the whole batch")
+    if job.uses_output and not job.entry.generates:
+        raise InputError.joins(f"the block at {job.location} uses what the whole forward returns")
+    for node in job.graph.nodes:
+        if any(type(leaf) is Later for leaf in leaves((node.args, node.kwargs))):
+            raise InputError.joins(f"{node.location} uses a value of another block")
+
+
+def _joined_options(
+    one: Mapping[str, Any], other: Mapping[str, Any]
+) -> tuple[Mapping[str, Any], int | None]:
+    """The options of both, and how many steps there are at most."""
+    for name in {*one, *other} - {_STEPS}:
+        here, there = one.get(name, _ABSENT), other.get(name, _ABSENT)
+        if here is not there and not (type(here) in ATOMS and here == there):
+            raise InputError.joins(f"their `{name}` differs")
+    steps = [options.get(_STEPS) for options in (one, other)]
+    if steps[0] == steps[1]:
+        return one, steps[0]
+    if not all(type(count) is int for count in steps):
+        raise InputError.joins(f"one gives `{_STEPS}` and the other does not")
+    most = max(steps)
+    return {**one, _STEPS: most}, most
+
+
+_ABSENT = object()
+
+
+def _joined_graph(one: Job, other: Job) -> Graph:
+    """The nodes of both, those of `other` with numbers behind those of `one`."""
+    first, second, graph = one.graph, other.graph, Graph()
+    invokes, backwards = len(one.prompts), len(first.backwards)
+    graph.nodes = list(first.nodes)
+    nodes: dict[int, Node] = {}
+
+    def place(point: Any) -> Any:
+        if type(point) is GradPoint:
+            return point._replace(node=nodes[point.node.index], backward=point.backward + backwards)
+        return point
+
+    def swap(leaf: Any) -> Any:
+        return nodes[leaf.index] if type(leaf) is Node else leaf
+
+    for node in second.nodes:
+        new = Node(
+            len(graph.nodes),
+            node.kind,
+            place(node.target),
+            map_leaves(swap, node.args),
+            map_leaves(swap, node.kwargs),
+            node.invoke + invokes if node.invoke >= 0 else node.invoke,
+            node.file,
+            node.line,
+        )
+        nodes[node.index] = new
+        graph.nodes.append(new)
+
+    def spots(found: dict[Any, Node]) -> dict[Any, Node]:
+        return {(i + invokes, place(at)): nodes[n.index] for (i, at), n in found.items()}
+
+    graph.saves = first.saves + [(nodes[node.index], box) for node, box in second.saves]
+    graph.writes = {**first.writes, **spots(second.writes)}
+    graph.passed = {**first.passed, **spots(second.passed)}
+    graph.backwards = first.backwards + [nodes[node.index] for node in second.backwards]
+    graph.stops = first.stops + [nodes[node.index] for node in second.stops]
+    graph.traced = first.traced | {nodes[index].index for index in second.traced}
+    # The same edits have the same numbers: what prompts of both have in common is computed once.
+    shift = 0 if one.edits == other.edits else max(first.lasting.values(), default=-1) + 1
+    graph.lasting = dict(first.lasting)
+    graph.lasting.update((nodes[i].index, number + shift) for i, number in second.lasting.items())
+    for name in ("needs_grad", "branched", "fixed_positions", "counts_tokens"):
+        setattr(graph, name, getattr(first, name) or getattr(second, name))
+    return graph
+
+
+def _stop_after(graph: Graph, step: int, invokes: range, at: Location) -> None:
+    """End the generations of some invokes before others."""
+    for invoke in invokes:
+        needed = [node for node, _ in graph.saves if node.invoke == invoke]
+        needed += [write.args[0] for (owner, _), write in graph.writes.items() if owner == invoke]
+        args = (step, *dict.fromkeys(needed))
+        stop = Node(len(graph.nodes), CALL, STOP, args, {}, invoke, at.file, at.line)
+        graph.nodes.append(stop)
+        graph.stops.append(stop)
 
 
 @dataclasses.dataclass(slots=True)
