@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
-from ..tracing.context import columns_of
 from ..tracing.errors import (
     BlockError,
     InputError,
@@ -29,7 +28,7 @@ from ..tracing.interpreter import Interpreter
 from ..tracing.job import Entry, Recorded
 from ..tracing.node import CALL, READ, Captured, GradPoint, HookPoint, Later, Node
 from ..tracing.operations import AGAIN, ELEMENT, GETITEM, ITEM, PUT, SETITEM, TAKE
-from ..tracing.structure import map_leaves
+from ..tracing.structure import columns_of, map_leaves
 from .interrupts import uninterrupted
 from .rows import (
     BATCH,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from types import MethodType, TracebackType
 from typing import Any, Protocol
@@ -35,7 +35,7 @@ from .operations import STOP
 from .proxy import Handle, Proxy, save_all
 from .recording import ABANDONED, DONE, FAILED, OPEN, RUNNING, Oracle, Recording
 from .steps import Iter, Steps
-from .structure import leaves, map_leaves
+from .structure import columns_of, leaves, map_leaves
 from .template import Template
 
 
@@ -799,14 +799,6 @@ def _compute_earlier(graph: Graph, roots: list[Node]) -> None:
                 assert source is not None
                 leaf.found = source.demand(leaf.node, "a value of an earlier block")
                 leaf.ready = True
-
-
-def columns_of(spans: Sequence[tuple[int, int]], width: int) -> torch.Tensor:
-    """Which columns of each row lie in its span: bool [row, token]."""
-    found = torch.zeros(len(spans), width, dtype=torch.bool)
-    for row, (start, stop) in enumerate(spans):
-        found[row, start:stop] = True
-    return found
 
 
 def read_in(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -136,3 +136,11 @@ def summary(value: Any) -> str:
         inner = ", ".join(f"{key}: {summary(part)}" for key, part in value.items())
         return f"{type(value).__name__}({inner})"
     return "None" if value is None else type(value).__name__
+
+
+def columns_of(spans: Sequence[tuple[int, int]], width: int) -> torch.Tensor:
+    """Which columns of each row lie in its span: bool [row, token]."""
+    found = torch.zeros(len(spans), width, dtype=torch.bool)
+    for row, (start, stop) in enumerate(spans):
+        found[row, start:stop] = True
+    return found
