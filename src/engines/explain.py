@@ -17,7 +17,7 @@ from ..tracing.structure import leaves
 class Described(Protocol):
     """What an explanation is made from: a model."""
 
-    def plan_block(self, task: Task) -> Plan: ...
+    def plan_task(self, task: Task) -> Plan: ...
 
     def schedule(self, prompt: Any = None, block: Recorded | None = None) -> Schedule: ...
 
@@ -46,7 +46,7 @@ def explain(model: Described, job: Job) -> Explanation:
     The work counts two operations for each weight and token that meets it; attention's own products
     are left out. Naive is one whole forward for each prompt.
     """
-    plan = model.plan_block(Task(job))
+    plan = model.plan_task(Task(job))
     prompts = {i: p for i, p in enumerate(job.prompts) if p is not None}
     costs = _Costs(model, job)
     rows: list[tuple[str, ...]] = []

@@ -34,7 +34,7 @@ class Scanned(Protocol):
 
     def explain(self, job: Job) -> Any: ...
 
-    def plan_block(self, task: Task) -> Plan: ...
+    def plan_task(self, task: Task) -> Plan: ...
 
     def module_paths(self, modules: Any) -> list[str]: ...
 
@@ -79,7 +79,7 @@ class Scan:
             OrderError: a write needs a later value.
             ShapeError: a written value does not fit.
         """
-        self._model.plan_block(Task(job))
+        self._model.plan_task(Task(job))
         graph, shapes = job.graph, self._model.oracle(job)
         warn_of_padding(job, shapes)
         unknown: dict[int, GraftworkError] = {}

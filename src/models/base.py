@@ -963,7 +963,7 @@ class Model(Envoy):
             graph.needs_grad = True
         if graph.stops and task.job.uses_output and not task.job.entry.generates:
             raise BlockError.stopped_output(graph.stops[0].location)
-        work = self.plan_block(task)
+        work = self.plan_task(task)
         module = self.load()
         for vocabulary in self._vocabularies.values():
             vocabulary.verify_used(verify)
@@ -973,7 +973,7 @@ class Model(Envoy):
         ):
             raise BlockError.checkpointing()
         if any(one.cut for one in work.passes) and not self.is_causal():
-            work = self.plan_block(task, causal=False)
+            work = self.plan_task(task, causal=False)
         return self._lock.during(lambda: self._run_planned(task, work, module))
 
     def _run_planned(self, task: Task, work: Plan, module: torch.nn.Module) -> Outcome:
@@ -1025,7 +1025,11 @@ class Model(Envoy):
         """The plan of a block as text."""
         return explain(self, job)
 
-    def plan_block(self, task: Task, causal: bool = True) -> Plan:
+    def plan_block(self, block: Tracer) -> Plan:
+        """The work of a block, planned and not run."""
+        return self.plan_task(Task(block.job()))
+
+    def plan_task(self, task: Task, causal: bool = True) -> Plan:
         """The work of a block: its passes, batches and what is left out.
 
         Raises:

@@ -338,9 +338,9 @@ def test_a_block_without_inner_operations_keeps_its_schedule(tools: SimpleNamesp
     plain = model.schedule()
     with model.trace(tools.prompts(4)[0]) as tracer:
         model.transformer.h[0].attn.source.self_c_proj_0.output.save()
-        inner = model.schedule(None, tracer)
+        inner = model.schedule(None, tracer.recording)
         model.transformer.h[1].attn.source.self_c_proj_0.output.save()
-        assert model.schedule(None, tracer) is inner  # measured for all layers
+        assert model.schedule(None, tracer.recording) is inner  # measured for all layers
     assert model.schedule() is plain and inner is not plain
     assert len(inner.visits) > len(plain.visits) and inner.chain == plain.chain
 
