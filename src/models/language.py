@@ -863,24 +863,14 @@ class LanguageModel(Model):
     ) -> Iterator[None]:
         part = task.part
         counts = part is not None and part.counts
-<<<<<<< HEAD
-        rounds = bool(tracer.graph.rounds)
+        rounds = bool(task.job.graph.rounds)
         watched = bool(run.sites or run.stopped or counts or rounds)
-        if not tracer.generates or not (watched or self.config.is_encoder_decoder):
-            yield
-            return
-        stops = bool(tracer.graph.stops)
-        endings = self._options(tracer).endings()
-        later = counts or rounds or any(site.wanted_after_first() for site in run.sites)
-=======
-        watched = bool(run.sites or run.stopped or counts)
         if not task.job.entry.generates or not (watched or self.config.is_encoder_decoder):
             yield
             return
         stops = bool(task.job.graph.stops)
         endings = self._options(task.job.entry).endings()
-        later = counts or any(site.wanted_after_first() for site in run.sites)
->>>>>>> a44644a (A finished block is a Job: what runs takes that, not the Tracer)
+        later = counts or rounds or any(site.wanted_after_first() for site in run.sites)
         watches = later and (endings is not None or stops)
         kind = StoppingClock if stops else Clock
         until = part.until if part is not None and counts else None

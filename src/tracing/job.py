@@ -106,7 +106,7 @@ class Job:
         graph = _joined_graph(self, other)
         for job, first in ((self, 0), (other, len(self.prompts))):
             own = job.entry.options.get(_STEPS)
-            if own != most:
+            if own is not None and own != most:
                 _stop_after(graph, own - 1, range(first, first + len(job.prompts)), job.location)
         return Job(
             graph,
@@ -143,12 +143,12 @@ def _joined_options(
         here, there = one.get(name, _ABSENT), other.get(name, _ABSENT)
         if here is not there and not (type(here) in ATOMS and here == there):
             raise InputError.joins(f"their `{name}` differs")
-    steps = [options.get(_STEPS) for options in (one, other)]
-    if steps[0] == steps[1]:
-        return one, steps[0]
-    if not all(type(count) is int for count in steps):
+    first, second = one.get(_STEPS), other.get(_STEPS)
+    if first == second:
+        return one, first
+    if type(first) is not int or type(second) is not int:
         raise InputError.joins(f"one gives `{_STEPS}` and the other does not")
-    most = max(steps)
+    most = max(first, second)
     return {**one, _STEPS: most}, most
 
 
@@ -187,7 +187,12 @@ def _joined_graph(one: Job, other: Job) -> Graph:
     def spots(found: dict[Any, Node]) -> dict[Any, Node]:
         return {(i + invokes, place(at)): nodes[n.index] for (i, at), n in found.items()}
 
+    rounds = {
+        number + len(first.saves): (invoke + invokes, step)
+        for number, (invoke, step) in second.rounds.items()
+    }
     graph.saves = first.saves + [(nodes[node.index], box) for node, box in second.saves]
+    graph.rounds = {**first.rounds, **rounds}
     graph.writes = {**first.writes, **spots(second.writes)}
     graph.passed = {**first.passed, **spots(second.passed)}
     graph.backwards = first.backwards + [nodes[node.index] for node in second.backwards]
