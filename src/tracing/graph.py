@@ -301,7 +301,6 @@ class Graph:
         graph.backwards, graph.traced = self.backwards, self.traced
         graph.passed, graph.lasting = self.passed, self.lasting
         graph.branched, graph.stops = self.branched, self.stops
-        graph.rounds = self.rounds
         graph.plans = self.plans = {} if self.plans is None else self.plans
         for number, index in enumerate(self.saved_in_order()):
             graph.saves.append((self.nodes[index], Box(number)))

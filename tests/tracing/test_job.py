@@ -29,7 +29,9 @@ class Collector:
         return getattr(self._model, name)
 
     def run(self, job: Job, known: Any = None) -> Outcome:
-        self.jobs.append(dataclasses.replace(job, graph=job.graph.again()))
+        graph = job.graph.again()
+        graph.rounds = job.graph.rounds
+        self.jobs.append(dataclasses.replace(job, graph=graph))
         return Outcome()
 
 
