@@ -1,5 +1,5 @@
 # Each target does its own set-up: Python 3.10 or newer and make are enough.
-#   make demo    make test    make bench    make clean
+#   make demo    make test    make test-all    make bench    make clean
 # Another interpreter: make demo PYTHON=python3.12     Another place: make demo VENV=/tmp/venv
 # The set-up runs again when pyproject.toml or constraints.txt changed, or after `make clean`.
 
@@ -8,7 +8,7 @@ VENV ?= .venv
 # Set to nothing to run the tests in one process.
 PYTEST_FLAGS ?= -n 2
 
-.PHONY: demo test bench clean
+.PHONY: demo test test-all bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.ready
@@ -18,7 +18,10 @@ test: $(VENV)/.ready-test
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_FLAGS) -m 'not slow'
+
+test-all: test
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_FLAGS) -m slow
 
 bench: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/bench.py
