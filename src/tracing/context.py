@@ -599,7 +599,7 @@ class Tracer(Block):
         """A value whose size was told in the block and is another one for other prompts."""
         if not self.recording.sized:
             return None
-        oracle = self._backend.oracle(self)
+        oracle = self._backend.oracle(self.recording)
         for node in dict.fromkeys(self.recording.sized):
             try:
                 if None in oracle.sizes(node):
