@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, initialization
 
 import graftwork
 from graftwork import LanguageModel
@@ -23,7 +22,7 @@ from graftwork.tracing import current_tracer
 
 OURS = os.path.dirname(os.path.abspath(graftwork.__file__))
 #: Where transformers replaces functions of torch while it makes a model.
-PATCHES = transformers.initialization.__file__
+PATCHES = initialization.__file__
 IDS = [[1, 2, 3, 4, 5]]
 
 
