@@ -12,7 +12,7 @@ import torch
 
 import graftwork
 from graftwork import LanguageModel, Model
-from graftwork.tracing.errors import CapturedTensorError
+from graftwork.tracing.errors import BlockError, CapturedTensorError
 
 Hook = Callable[..., Any]
 
@@ -234,7 +234,11 @@ def test_assigning_binds_a_new_value(
         else:
             write(block, old * 2)
         before, after = old.save(), read(block).save()
-        old += 7  # reaches the other handle on it, and not the model
+        if branch:  # where it is not taken, this would have to reach the model
+            with pytest.raises(BlockError, match="was assigned"):
+                old += 7
+        else:
+            old += 7  # reaches the other handle on it, and not the model
         shared, untouched = (same - old).abs().max().save(), read(block).save()
     torch.testing.assert_close(before.value, plain.value)
     torch.testing.assert_close(after.value, plain.value * 2)
