@@ -71,9 +71,7 @@ class Branch(Graph):
 def record_stop(recording: Recording) -> None:
     """`tracer.stop()`: the run of the open invoke ends when what it has recorded so far is there."""
     graph, invoke = recording.graph, recording.invoke
-    needed = [node for node, _ in graph.saves if node.invoke == invoke]
-    needed += [write.args[0] for (owner, _), write in graph.writes.items() if owner == invoke]
-    args = (recording.step, *dict.fromkeys(needed))
+    args = (recording.step, *graph.wanted_by(invoke))
     graph.stops.append(graph.append(CALL, STOP, args, None, invoke))
 
 
@@ -113,7 +111,6 @@ class Cond:
         traceback: TracebackType | None,
     ) -> None:
         recording, branch = self._recording, self._recording.graph
-        assert isinstance(branch, Branch)
         graph, recording.no_values, recording.no_gradients, guard = self._before
         graph.branched = True
         graph.needs_grad |= branch.needs_grad

@@ -195,6 +195,12 @@ class Graph:
         self._searched = len(self.nodes)
         return frozenset(self._inner)
 
+    def wanted_by(self, invoke: int) -> tuple[Node, ...]:
+        """What an invoke saves and writes."""
+        found = [node for node, _ in self.saves if node.invoke == invoke]
+        found += [write.args[0] for (owner, _), write in self.writes.items() if owner == invoke]
+        return tuple(dict.fromkeys(found))
+
     def extend_stops(self) -> None:
         """Let each stop wait for what was recorded before it and is used behind it, but for what later
         steps would have given."""

@@ -210,9 +210,7 @@ def _joined_graph(one: Job, other: Job) -> Graph:
 def _stop_after(graph: Graph, step: int, invokes: range, at: Location) -> None:
     """End the generations of some invokes before others."""
     for invoke in invokes:
-        needed = [node for node, _ in graph.saves if node.invoke == invoke]
-        needed += [write.args[0] for (owner, _), write in graph.writes.items() if owner == invoke]
-        args = (step, *dict.fromkeys(needed))
+        args = (step, *graph.wanted_by(invoke))
         stop = Node(len(graph.nodes), CALL, STOP, args, {}, invoke, at.file, at.line)
         graph.nodes.append(stop)
         graph.stops.append(stop)
